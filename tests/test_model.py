@@ -169,6 +169,14 @@ def test_the_loss_is_the_mean_of_minus_log_probability():
     assert math.isclose(loss.item(), total / 10, rel_tol=1e-5)
 
 
+def test_the_loss_of_bfloat16_logits_is_computed_in_float32():
+    idx = torch.randint(50257, (2, 6))
+    logits, loss = GPT(TINY).bfloat16()(idx, idx)
+    expected = -logits.float().log_softmax(dim=-1).gather(2, idx[:, :, None]).mean()
+    assert loss.dtype == torch.float32
+    assert torch.allclose(loss, expected)
+
+
 def test_one_matrix_goes_in_and_out():
     model = GPT(TINY)
     assert model.lm_head.weight is model.transformer.wte.weight
