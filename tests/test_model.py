@@ -191,6 +191,17 @@ def test_the_loss_of_bfloat16_logits_is_computed_in_float32():
     assert torch.allclose(loss, expected)
 
 
+def test_no_gradient_is_made_for_logits_beside_a_loss():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.randint(64, (2, 8))
+    logits, loss = model(idx, idx)
+    assert loss.requires_grad
+    assert not logits.requires_grad  # so torch.compile has nothing to make one for
+    alone, _ = model(idx)
+    assert alone.requires_grad
+    assert torch.equal(alone, logits)
+
+
 def test_one_matrix_goes_in_and_out():
     model = GPT(TINY)
     assert model.lm_head.weight is model.transformer.wte.weight
