@@ -78,6 +78,7 @@ SMALL = dict(
     dtype="float32",
     device="cpu",
     eval_interval=0,
+    sample_interval=0,
 )
 
 
