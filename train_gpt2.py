@@ -782,6 +782,11 @@ def build_model(cfg, checkpoint):
 def fetch_batch(loader, device):
     """Return the loader's next x and y on device."""
     x, y = loader.next_batch()
+    if device.type == "cuda":
+        # From pinned memory the GPU copies them by itself, and we don't wait. The last line then
+        # has nothing to do.
+        x = x.pin_memory().to(device, non_blocking=True)
+        y = y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
 
 

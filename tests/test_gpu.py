@@ -137,6 +137,22 @@ def test_20_updates_in_each_type_and_compiled(train, compiler):
     assert largest_difference(compiled, in_bfloat16) < 1e-2
 
 
+def test_a_batch_arrives_whole_while_the_gpu_works(small):
+    arrays, _ = train_gpt2.load_data("text.txt")
+    loader = train_gpt2.DataLoaderLite(arrays, 4, 64, shuffle_seed=1)
+    expected = [loader.next_batch() for _ in range(40)]
+    loader.next_row = 0
+    a = torch.randn(2048, 2048, device=DEVICE)
+    found = []
+    for _ in range(40):
+        for _ in range(20 if DEVICE.type == "cuda" else 0):
+            a @ a  # so that the copies have to queue
+        found.append(train_gpt2.fetch_batch(loader, DEVICE))
+    for (x, y), (expected_x, expected_y) in zip(found, expected):
+        assert torch.equal(x.cpu(), expected_x)
+        assert torch.equal(y.cpu(), expected_y)
+
+
 @pytest.mark.parametrize("dtype, compile", [("bfloat16", True)])
 def test_a_resumed_run_goes_on_as_the_whole_one(train, compiler, tmp_path, dtype, compile):
     settings = SETTINGS | dict(
