@@ -10,6 +10,7 @@ itself: launch() and main(). A first reader can stop there. What follows is what
 """
 import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -1219,6 +1220,18 @@ def prepare(device):
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where new tensors and NCCL go
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large blocks that were freed, since getting new ones takes long."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)  # what this process has loaded already, glibc among it
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap, whose memory goes back when it is freed
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the end of the heap
 
 
 def compile_model(model, wanted, device, dtype):

@@ -131,7 +131,8 @@ def step():
     optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
     share("AdamW fused")
     train_gpt2.prepare(DEVICE)
-    result = share("the machine prepared as for a run")
+    on_this_device = "TF32" if DEVICE.type == "cuda" else "the C library keeps freed memory"
+    result = share(on_this_device)
     if not QUICK:
         torch._inductor.config.cpp.enable_kernel_profile = True  # so that its kernels have names
         train_model = train_gpt2.compile_model(model, True, DEVICE, DTYPE)

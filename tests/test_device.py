@@ -1,9 +1,12 @@
 """Where the program runs, and what it finds out about the machine."""
+import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, flags
+from conftest import ROOT, SMALL, flags
 
 import train_gpt2
 from train_gpt2 import (
@@ -108,6 +111,26 @@ def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert has_bfloat16(CPU) is answer
     assert best_dtype(CPU) == ("bfloat16" if answer else "float32")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
+                    reason="it is glibc's setting")
+def test_on_a_cpu_freed_memory_stays_with_the_process():
+    code = """
+import re, torch, train_gpt2
+
+def resident():  # in kB
+    with open("/proc/self/status") as f:
+        return int(re.search(r"VmRSS:\\s+(\\d+)", f.read())[1])
+
+train_gpt2.prepare(torch.device("cpu"))
+before = resident()
+x = torch.ones(25_000_000)  # 100 MB
+del x
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) > 90_000, done.stderr
 
 
 @pytest.fixture
