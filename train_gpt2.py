@@ -198,6 +198,7 @@ class GPT(nn.Module):
         Returns (logits, loss).
         logits: the scores, (B, T, vocab_size).
         loss: the mean cross-entropy in nats (natural-log units) per token; None without targets.
+        With targets the logits carry no gradient: only the loss can be trained on.
         """
         x = self.hidden(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, vocab_size)
@@ -205,6 +206,9 @@ class GPT(nn.Module):
         if targets is not None:
             # (B * T, vocab_size) and (B * T,): one example a row
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            # No gradient comes back through the logits. Otherwise torch.compile would make one,
+            # (B, T, vocab_size) zeros.
+            logits = logits.detach()
         return logits, loss
 
     @classmethod

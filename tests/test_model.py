@@ -183,6 +183,17 @@ def test_the_loss_is_the_mean_of_minus_log_probability():
     assert math.isclose(loss.item(), total / 10, rel_tol=1e-5)
 
 
+def test_no_gradient_is_made_for_logits_beside_a_loss():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.randint(64, (2, 8))
+    logits, loss = model(idx, idx)
+    assert loss.requires_grad
+    assert not logits.requires_grad  # so torch.compile has nothing to make one for
+    alone, _ = model(idx)
+    assert alone.requires_grad
+    assert torch.equal(alone, logits)
+
+
 def test_one_matrix_goes_in_and_out():
     model = GPT(TINY)
     assert model.lm_head.weight is model.transformer.wte.weight
