@@ -261,10 +261,12 @@ def draw_token(logits, temperature, top_k, generator):
 
 
 @torch.no_grad()
-def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42):
+def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42,
+           cache=None):
     """Return num_samples texts that begin with prompt and go on for max_new_tokens tokens.
 
     The same seed draws the same texts.
+    cache: a KVCache of model, which makes long texts faster.
     """
     encoding = gpt2_encoding()
     tokens = encoding.encode(prompt, allowed_special="all")  # <|endoftext|> is one token
@@ -273,8 +275,11 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
     for _ in range(max_new_tokens):
-        window = idx[:, -model.config.block_size :]  # what the model can read
-        x = model.hidden(window)[:, -1]  # (B, C), the last position
+        if cache is None:
+            window = idx[:, -model.config.block_size :]  # what the model can read
+            x = model.hidden(window)[:, -1]  # (B, C), the last position
+        else:
+            x = cache.newest_vector(idx)  # the same, with less work
         logits = model.lm_head(x)  # (B, vocab_size)
         logits = logits[:, :50257]  # GPT-2's tokens, without the 47 that build_model adds
         next_token = draw_token(logits, temperature, top_k, generator)  # (B, 1)
@@ -793,6 +798,50 @@ def fetch_batch(loader, device):
         x = x.pin_memory().to(device, non_blocking=True)
         y = y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
+
+
+class KVCache:
+    """Keep the keys and values of the tokens that the model has read, to sample with less work."""
+
+    def __init__(self, model):
+        self.model = model
+        self.length = 0  # how many tokens it holds
+        self.layers = {}  # {number of a layer: (k, v)}, (B, nh, length, hs) each
+
+    def newest_vector(self, idx):
+        """Return model.hidden(idx[:, -block_size:])[:, -1], (B, C).
+
+        idx: (B, T) int64; from the second call on, one token longer than before.
+        """
+        config = self.model.config
+        if idx.shape[1] > config.block_size:
+            # The oldest token drops out. All others move by one, so their keys and values change.
+            idx = idx[:, -config.block_size :]
+            self.length = 0
+        past = self.length
+        new = idx[:, past:]  # (B, S): all tokens, or one
+        B, S = new.shape
+        C, nh = config.n_embd, config.n_head
+        pos = torch.arange(past, past + S, device=idx.device)  # (S,)
+        x = self.model.transformer.wte(new) + self.model.transformer.wpe(pos)  # (B, S, C)
+        for i, block in enumerate(self.model.transformer.h):
+            # What Block and CausalSelfAttention do, for the new tokens
+            q, k, v = block.attn.c_attn(block.ln_1(x)).split(C, dim=2)  # (B, S, C) each
+            q = q.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            k = k.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            v = v.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            if past > 0:
+                old_k, old_v = self.layers[i]
+                k = torch.cat((old_k, k), dim=2)  # (B, nh, T, hs)
+                v = torch.cat((old_v, v), dim=2)  # (B, nh, T, hs)
+            self.layers[i] = (k, v)
+            # A single new token is the last one. It may read from all, so nothing is hidden.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=(past == 0))  # (B, nh, S, hs)
+            y = y.transpose(1, 2).reshape(B, S, C)
+            x = x + block.attn.c_proj(y)
+            x = x + block.mlp(block.ln_2(x))
+        self.length = past + S
+        return self.model.transformer.ln_f(x[:, -1])
 
 
 def print_plan(cfg, model, loader, device, dtype, checkpoint):

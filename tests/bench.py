@@ -2,7 +2,7 @@
 
     python tests/bench.py                        # GPT-2 (124M); a few minutes on two cores
     python tests/bench.py --quick                # a tiny model, once each: does it run at all?
-    python tests/bench.py step       # step, tokens, start, memory, peak or save
+    python tests/bench.py step       # step, sample, tokens, start, memory, peak or save
 
 A ratio is the median of three, start's of five, save's of nine; memory and peak are looked at once.
 Below the step's stand what each part of it won, and what its time is spent on.
@@ -146,6 +146,25 @@ def step():
     return result
 
 
+@torch.no_grad()
+def sampling():
+    """Tokens a second of four samples from 8 to 256 tokens, against no cache at all."""
+    model = make_model()
+    longest = 16 if QUICK else 256
+
+    def recompute():  # for each eighth length only
+        for T in range(8, longest, 8):
+            logits, _ = model(torch.zeros(4, T, dtype=torch.int64, device=DEVICE))
+            logits[:, -1, :50257].topk(50)
+
+    def cached():
+        prompt = "Hello, I'm a language model,"  # 8 tokens
+        cache = train_gpt2.KVCache(model)
+        train_gpt2.sample(model, prompt, max_new_tokens=longest - 8, cache=cache)
+
+    return 8 * ratio(recompute, cached)
+
+
 def tokenising():
     """fineweb.py's tokens a second with two workers, against twice what tiktoken does in one."""
     import pyarrow
@@ -263,7 +282,7 @@ def save():
 
 
 ROWS = dict(
-    step=step, tokens=tokenising, start=start,
+    step=step, sample=sampling, tokens=tokenising, start=start,
     memory=memory, peak=peak, save=save,
 )
 

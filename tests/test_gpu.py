@@ -167,6 +167,16 @@ def test_a_resumed_run_goes_on_as_the_whole_one(train, compiler, tmp_path, dtype
     assert largest_difference(val_losses(resumed), val_losses(whole)[1:]) < 1e-2
 
 
+def test_keys_and_values_that_are_kept_change_nothing():
+    model = make_model().to(DEVICE)
+    idx = torch.randint(50257, (3, 40), device=DEVICE)
+    cache = train_gpt2.KVCache(model)
+    with torch.no_grad():
+        expected = model.hidden(idx)[:, 9:]  # (3, 31, 64)
+        found = [cache.newest_vector(idx[:, :T]) for T in range(10, 41)]
+    assert relative_error(torch.stack(found, dim=1), expected) < 1e-4
+
+
 def test_samples_repeat():
     model = make_model().to(DEVICE)
     texts = train_gpt2.sample(model, "Hello", num_samples=3, max_new_tokens=20)

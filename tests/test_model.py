@@ -11,6 +11,7 @@ from train_gpt2 import (
     Block,
     CausalSelfAttention,
     GPTConfig,
+    KVCache,
 )
 
 TINY = GPTConfig(
@@ -159,6 +160,31 @@ def test_a_sequence_longer_than_block_size_is_refused():
     idx = torch.zeros(1, 17, dtype=torch.int64)
     with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
         GPT(TINY)(idx)
+
+
+@pytest.mark.parametrize("first", [1, 5, 16])
+def test_with_a_cache_the_vectors_are_the_same(first):
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    idx = torch.randint(50257, (3, 16))
+    expected = model.hidden(idx)  # (3, 16, 32)
+    cache = KVCache(model)
+    assert cache.length == 0
+    for t in range(first, 17):
+        x = cache.newest_vector(idx[:, :t])  # (3, 32)
+        assert torch.allclose(x, expected[:, t - 1], atol=1e-5)
+        assert cache.length == t
+
+
+def test_what_the_cache_holds_is_not_computed_again():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    idx = torch.randint(50257, (3, 6))
+    expected = model.hidden(idx)[:, -1]
+    cache = KVCache(model)
+    cache.newest_vector(idx[:, :5])
+    idx[:, :5] = 0  # nobody looks at them any more
+    assert torch.allclose(cache.newest_vector(idx), expected, atol=1e-5)
 
 
 def test_the_first_loss_is_that_of_a_guess():

@@ -5,6 +5,7 @@ import socket
 import pytest
 import torch
 
+import train_gpt2
 from fineweb import gpt2_encoding
 from train_gpt2 import (
     GPT,
@@ -132,3 +133,9 @@ def test_a_prompt_longer_than_block_size(model):
     short, = sample(model, " so" * 16, num_samples=1, max_new_tokens=3)  # what the model can read
     assert text.startswith(words)
     assert text[len(words):] == short[len(" so" * 16):]
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", " so" * 20])
+def test_a_cache_changes_no_text(model, prompt):
+    texts = sample(model, prompt, max_new_tokens=30)
+    assert sample(model, prompt, max_new_tokens=30, cache=train_gpt2.KVCache(model)) == texts
