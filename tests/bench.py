@@ -2,7 +2,8 @@
 
     python tests/bench.py                        # GPT-2 (124M); a few minutes on two cores
     python tests/bench.py --quick                # a tiny model, once each: does it run at all?
-    python tests/bench.py step       # step, sample, tokens, start, memory, peak or save
+    python tests/bench.py hellaswag other.jsonl  # one row, of your own examples
+    python tests/bench.py step       # step, hellaswag, sample, tokens, start, memory, peak or save
 
 A ratio is the median of three, start's of five, save's of nine; memory and peak are looked at once.
 Below the step's stand what each part of it won, and what its time is spent on.
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fineweb  # noqa: E402
+import hellaswag  # noqa: E402
 import train_gpt2  # noqa: E402
 
 QUICK = "--quick" in sys.argv
@@ -143,6 +146,47 @@ def step():
             update()
     for part, share_of_time in shares_of_parts(profiled(profile)).items():
         print(f"{100 * share_of_time:7.1f}%  of the step's time: {part}")
+    return result
+
+
+@torch.no_grad()
+def one_at_a_time(model, example):
+    """Return an example's four mean losses, computed the simple way, (4,).
+
+    They take four whole rows, and every logit of each.
+    """
+    rendered = hellaswag.render(example)
+    tokens = rendered.tokens.to(DEVICE)  # (4, T)
+    mask = rendered.mask.to(DEVICE)  # (4, T)
+    with train_gpt2.autocast(DEVICE, DTYPE):
+        logits, _ = model(tokens)  # (4, T, vocab_size)
+    logits = logits[:, :-1].float().flatten(0, 1)
+    losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    return ((losses.view(4, -1) * mask[:, 1:]).sum(1) / mask.sum(1)).cpu()
+
+
+def hellaswag_examples():
+    """HellaSwag's examples a second, against one example at a time."""
+    model = make_model()
+    given = [arg for arg in sys.argv if arg.endswith(".jsonl")]
+    path = given[0] if given else ROOT / "tests" / "hellaswag.jsonl"
+    examples = hellaswag.read_examples(str(path))[: 12 if QUICK else 300]
+    every = 1 if QUICK else 5  # of the slow way, each fifth
+    few = examples[::every]
+    slow = []
+    fast = []
+
+    def slowly():
+        slow[:] = [one_at_a_time(model, example) for example in few]
+
+    def quickly():
+        rendered = [hellaswag.render(example) for example in examples]
+        with train_gpt2.autocast(DEVICE, DTYPE):
+            fast[:] = hellaswag.ending_losses(model, rendered)
+
+    result = len(examples) / len(few) * ratio(slowly, quickly)
+    agree = [a.argmin() == b.argmin() for a, b in zip(slow, fast[::every])]
+    print(f"in {DTYPE} {sum(agree)} of {len(agree)} predictions are those of the simple way")
     return result
 
 
@@ -282,7 +326,7 @@ def save():
 
 
 ROWS = dict(
-    step=step, sample=sampling, tokens=tokenising, start=start,
+    step=step, hellaswag=hellaswag_examples, sample=sampling, tokens=tokenising, start=start,
     memory=memory, peak=peak, save=save,
 )
 

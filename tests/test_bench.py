@@ -5,7 +5,7 @@ import sys
 
 from conftest import ROOT
 
-ROWS = ["step", "sample", "memory", "save"]  # the others only start programs
+ROWS = ["step", "hellaswag", "sample", "memory", "save"]  # the others only start programs
 
 
 def test_quick():
