@@ -491,7 +491,8 @@ class TrainConfig:
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
-    dtype: str = setting(None, "the type for matrix products", choices=("bfloat16", "float32"))
+    dtype: str = setting(None, "the type for matrix products",
+                         choices=("bfloat16", "float16", "float32"))
     compile: bool = setting(None, "use torch.compile")
     timeout_minutes: float = setting(10.0, "how long processes wait for one that doesn't come")
 
@@ -597,6 +598,8 @@ def mean_token_bytes(tokens):
 
 
 # So many bad updates in a row end the run.
+# In float16 a bad update is usual at first: it halves the scaler's scale. There five in a row end
+# the run only when the scale is down to 1. For other types the scale is always 1.
 TOO_MANY_SKIPPED = 5
 
 
@@ -663,8 +666,9 @@ def main(given, resume, device, rank, world, stop):
 
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=(dtype == "float16"))
     if checkpoint is not None:
-        restore(checkpoint, cfg, data_id, optimizer)
+        restore(checkpoint, cfg, data_id, optimizer, scaler)
 
     # All checks have passed. Only now an earlier run's files are moved, or its log is cut.
     if rank == 0:
@@ -675,7 +679,7 @@ def main(given, resume, device, rank, world, stop):
     # gradients, so that all make the same update.
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
-    saver = CheckpointSaver(cfg, model, optimizer, data_id, checkpoint)
+    saver = CheckpointSaver(cfg, model, optimizer, scaler, data_id, checkpoint)
     log = Log(cfg.log_dir)
     print_plan(cfg, model, loader, device, dtype, checkpoint)
     checkpoint = None  # frees the memory of its tensors
@@ -726,9 +730,10 @@ def main(given, resume, device, rank, world, stop):
             # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
             loss_accum += loss.detach()  # the number without its gradient
-            loss.backward()
+            scaler.scale(loss).backward()  # larger, since float16 would make small ones 0
             # Fetch the next batch here, while a GPU still computes this one.
             x, y = fetch_batch(loader, device)
+        scaler.unscale_(optimizer)  # divides the gradients by its scale again
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
         # Sum over the processes: their losses, and a 1 from each that was asked to stop
@@ -741,12 +746,13 @@ def main(given, resume, device, rank, world, stop):
 
         # A number that isn't finite would make every weight NaN, for good. So skip the update.
         if math.isfinite(mean_loss) and math.isfinite(norm):
-            optimizer.step()
+            scaler.step(optimizer)
             skipped = 0
         else:
             skipped += 1
             print0(f"step {step:5d} | skipped: a number isn't finite, {skipped} in a row")
-        gone_bad = skipped >= TOO_MANY_SKIPPED
+        gone_bad = skipped >= TOO_MANY_SKIPPED and scaler.get_scale() <= 1
+        scaler.update()
         dt = time.perf_counter() - t0  # seconds
 
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
@@ -904,7 +910,7 @@ class Log:
 # Checkpoints
 
 
-def save_checkpoint(path, step, cfg, model, optimizer, data_id):
+def save_checkpoint(path, step, cfg, model, optimizer, scaler, data_id):
     """Write all that a run needs to go on after `step` updates: tensors and plain values.
 
     The place in the data follows from the step, and an update draws no random numbers.
@@ -915,6 +921,7 @@ def save_checkpoint(path, step, cfg, model, optimizer, data_id):
         model_config=asdict(model.config),
         train_config=asdict(cfg),
         optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
         step=step,
         data_id=data_id,
     )
@@ -924,8 +931,8 @@ def save_checkpoint(path, step, cfg, model, optimizer, data_id):
         torch.save(checkpoint, f)
 
 
-def restore(checkpoint, cfg, data_id, optimizer):
-    """Put a checkpoint's state into the optimizer. Raises UserError."""
+def restore(checkpoint, cfg, data_id, optimizer, scaler):
+    """Put a checkpoint's state into the optimizer and the scaler. Raises UserError."""
     if checkpoint["step"] > cfg.max_steps:
         raise UserError(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done "
                         "already")
@@ -937,6 +944,8 @@ def restore(checkpoint, cfg, data_id, optimizer):
     state = optimizer.state_dict()
     state["state"] = checkpoint["optimizer"]["state"]
     optimizer.load_state_dict(state)
+    if scaler.is_enabled() and checkpoint["scaler"]:  # empty if the run wasn't in float16
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def load_checkpoint(path):
@@ -956,7 +965,7 @@ def load_checkpoint(path):
         checkpoint = None
     except Exception as error:  # any: PyTorch raises many kinds for wrong bytes
         raise UserError(f"{path} is damaged, or is no checkpoint") from error
-    needed = {"model", "model_config", "train_config", "optimizer", "step", "data_id"}
+    needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step", "data_id"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():  # <=: all are there
         raise UserError(f"{path} was saved by another program, or by another version of this one")
     return checkpoint
@@ -1004,9 +1013,9 @@ KEPT_FOR_GOOD = 5000  # the checkpoint of each 5000th update is never removed
 class CheckpointSaver:
     """Know when a checkpoint is due, save it, and remove old ones."""
 
-    def __init__(self, cfg, model, optimizer, data_id, checkpoint):
+    def __init__(self, cfg, model, optimizer, scaler, data_id, checkpoint):
         self.cfg = cfg
-        self.state = (cfg, model, optimizer, data_id)
+        self.state = (cfg, model, optimizer, scaler, data_id)
         # The step of the newest checkpoint; what we resumed from counts.
         self.saved_step = None if checkpoint is None else checkpoint["step"]
         self.tried_at = time.monotonic()
@@ -1258,6 +1267,8 @@ def best_dtype(device):
     """Return the name of the type in which device multiplies matrices fastest."""
     if has_bfloat16(device):
         return "bfloat16"
+    if device.type == "cuda":
+        return "float16"  # GPUs before 2020: T4, V100, RTX 20
     return "float32"
 
 

@@ -18,6 +18,7 @@ from train_gpt2 import (
 )
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 
 
 def have_gpus(monkeypatch, count):
@@ -111,6 +112,16 @@ def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert has_bfloat16(CPU) is answer
     assert best_dtype(CPU) == ("bfloat16" if answer else "float32")
+
+
+@pytest.mark.parametrize("hardware, name", [(True, "bfloat16"), (False, "float16")])
+def test_float16_on_a_gpu_without_bfloat16(monkeypatch, hardware, name):
+    def is_bf16_supported(including_emulation=True):
+        return hardware or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert has_bfloat16(CUDA) is hardware
+    assert best_dtype(CUDA) == name
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),

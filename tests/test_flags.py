@@ -127,7 +127,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--seed 18446744073709551616", ["--seed 18446744073709551616"]),
     ("--model gpt3", ["--model gpt3", "gpt2-medium"]),
     ("--model fine-tune", ["--model fine-tune", "gpt2"]),
-    ("--dtype int8", ["--dtype int8", "bfloat16", "float32"]),
+    ("--dtype int8", ["--dtype int8", "bfloat16", "float16", "float32"]),
     ("--total_batch_size 100", ["--total_batch_size 100", "--batch_size", "--seq_len"]),
     ("--data no.txt", ["--data no.txt"]),
     ("--data short.txt", ["--data short.txt"]),

@@ -417,11 +417,11 @@ EVERYTHING = dict(
 
 
 def state_of(checkpoint):
-    """Return the optimizer's tensors, and the step."""
+    """Return the optimizer's tensors and the scaler's numbers."""
     tensors = []
     for state in checkpoint["optimizer"]["state"].values():
         tensors += [value.flatten() for value in state.values()]
-    return torch.cat(tensors), checkpoint["step"]
+    return torch.cat(tensors), checkpoint["scaler"], checkpoint["step"]
 
 
 def resume_each(train, settings, steps):
@@ -483,6 +483,28 @@ def test_resume_compiled_and_nothing_compiles_again(train, compiler):
     resumed, out = train(resume=True)
     assert "Going on after 3 of 5 updates." in out
     assert LOG.read_text() == log and same(model, resumed)
+
+
+def test_resume_with_float16_and_an_overflow(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        plant(patch, [2], "gradient")
+        _, whole = train(dtype="float16", seq_len=4, total_batch_size=16, **EVERYTHING)
+    before, after = (load_checkpoint(f"log/model_0000{step}.pt") for step in (2, 3))
+    assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+    unchanged = [torch.equal(before["model"][name], after["model"][name])
+                 for name in before["model"]]
+    assert all(unchanged)
+    assert len(losses(whole)) == 6
+
+    last = load_checkpoint("log/model_00006.pt")
+    log = LOG.read_text()
+    for number in (4, 5, 6):
+        os.remove(f"log/model_0000{number}.pt")
+    train(resume=True)  # just after the overflow
+    again = load_checkpoint("log/model_00006.pt")
+    assert LOG.read_text() == log
+    assert torch.equal(state_of(again)[0], state_of(last)[0])
+    assert state_of(again)[1:] == state_of(last)[1:]
 
 
 def crash(function, *args, **kwargs):
@@ -704,3 +726,18 @@ def test_bad_numbers_that_go_on_end_the_run_and_the_good_weights_are_saved(
     assert all(torch.isfinite(p).all() for p in saved.parameters())
     begun = train_gpt2.model_of(load_checkpoint("log/model_00000.pt"))
     assert not same(saved, begun)
+
+
+@pytest.mark.parametrize("bad, updates", [(15, 18), (100, 17)])
+def test_float16_may_halve_its_scale_often_at_the_start(
+        small, capsys, fails, monkeypatch, bad, updates):
+    plant(monkeypatch, range(bad), "gradient")
+    settings = SMALL | dict(dtype="float16", seq_len=4, total_batch_size=16, max_steps=18,
+                            checkpoint_interval=100)
+    if bad == 15:
+        launch(settings)
+    else:
+        message = fails(launch, settings)  # 2**16, halved 16 times, is 1
+        assert f"step {updates - 1}" in message
+    assert capsys.readouterr().out.count("skipped") == min(bad, updates)
+    assert train_gpt2.find_checkpoints("log") == [updates, 0]

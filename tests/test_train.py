@@ -145,9 +145,10 @@ def test_the_vocabulary_is_padded_and_the_first_loss_stays(train):
     assert abs(numbers(out)[0] - math.log(50304)) < 0.3
 
 
-def test_16_bits_train_like_float32(train):
-    _, exact = train(max_steps=4)
-    model, rounded = train(max_steps=4, dtype="bfloat16")
+@pytest.mark.parametrize("dtype, steps", [("bfloat16", 4), ("float16", 3)])
+def test_16_bits_train_like_float32(train, dtype, steps):
+    _, exact = train(max_steps=steps)
+    model, rounded = train(max_steps=steps, dtype=dtype)
     assert losses(exact) != losses(rounded)
     assert numbers(rounded) == pytest.approx(numbers(exact), abs=0.05)
     for p in model.parameters():
