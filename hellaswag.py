@@ -319,9 +319,10 @@ def main(argv=None):
     if args.data is None:
         download()
     examples = read_examples(args.data or PATH)[: args.limit]
-    model = train_gpt2.load_model(args.model, "--model").to(device)
-    rendered = render_all(examples, model.config.block_size)
-    by_token = ending_losses(model, rendered, show_bar=True)  # (N, 4)
+    with train_gpt2.enough_memory("choose a smaller --model, or --device cpu"):
+        model = train_gpt2.load_model(args.model, "--model").to(device)
+        rendered = render_all(examples, model.config.block_size)
+        by_token = ending_losses(model, rendered, show_bar=True)  # (N, 4)
 
     print("* is the model's answer, + the right one; the numbers are nats per token")
     for i, example in enumerate(examples[:5]):

@@ -648,7 +648,7 @@ def main(given, resume, device, rank, world, stop):
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, checkpoint).to(device)
     T = cfg.seq_len
-    B = cfg.batch_size or fitting_batch_size(T, cfg.total_batch_size, device, world)
+    B = cfg.batch_size or fitting_batch_size(model, T, cfg.total_batch_size, dtype, device, world)
     check_batch(B, T, cfg.total_batch_size, world)
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
 
@@ -1321,11 +1321,30 @@ def compile_model(model, wanted, device, dtype):
     return torch.compile(model)
 
 
-def fitting_batch_size(T, total_batch_size, device, world):
+def expected_memory(model, B, T, dtype, world):
+    """Return about how many bytes training takes at its peak, not compiled.
+
+    The numbers were counted on a CPU. torch.compile needs less.
+    """
+    config = model.config
+    # The weights, their gradients and AdamW's two averages, 4 bytes each
+    bytes_per_parameter = 16
+    if world > 1:  # DDP has the gradients a second time
+        bytes_per_parameter += 4
+    parameter_bytes = bytes_per_parameter * sum(p.numel() for p in model.parameters())
+    # What a layer keeps for the backward pass, in bytes per token, for each unit of its width
+    layer_bytes = 65 if dtype == "float32" else 40
+    # The logits, their softmax and their gradient, 4 bytes each
+    token_bytes = layer_bytes * config.n_layer * config.n_embd + 12 * config.vocab_size
+    return parameter_bytes + B * T * token_bytes
+
+
+def fitting_batch_size(model, T, total_batch_size, dtype, device, world):
     """Return B for this machine: 64, or less on a CPU, halved until it fits.
 
     It has to divide a process's rows of an update.
     A CPU is busy enough with 512 tokens. More would only take more memory.
+    On a GPU it has to fit into nine tenths of the memory, by an estimate.
     """
     rows = total_batch_size // (T * world)
     B = 64
@@ -1333,7 +1352,25 @@ def fitting_batch_size(T, total_batch_size, device, world):
         B = min(64, max(1, 512 // T))
     while rows % B != 0:
         B //= 2
+    if device.type == "cuda":
+        memory = 0.9 * torch.cuda.get_device_properties(device).total_memory
+        while B > 1 and expected_memory(model, B, T, dtype, world) > memory:
+            B //= 2
     return B
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Turn an error about memory into a UserError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # PyTorch raises several kinds of RuntimeError. Only their texts show what they are.
+        reason = (str(error) or repr(error)).splitlines()[0]
+        texts = ("out of memory", "DefaultCPUAllocator")  # a GPU, a CPU
+        if isinstance(error, MemoryError) or any(text in reason for text in texts):
+            raise UserError(f"the memory is too small; {advice} ({reason})") from None
+        raise
 
 
 class StopRequest:
@@ -1494,7 +1531,8 @@ def parse_flags(argv=None):
 def command():
     """Do what the command line says."""
     given, options = parse_flags()
-    launch(given, options.resume)
+    with enough_memory("lower --batch_size"):
+        launch(given, options.resume)
 
 
 if __name__ == "__main__":

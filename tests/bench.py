@@ -103,7 +103,7 @@ def step():
     B, T = 4, 32 if QUICK else 256
     if DEVICE.type == "cuda":
         T = 1024
-        B = train_gpt2.fitting_batch_size(T, 2**19, DEVICE, 1)
+        B = train_gpt2.fitting_batch_size(model, T, 2**19, DTYPE, DEVICE, 1)
     # For each weight of a matrix, 2 operations forward and 4 backward; attention is left out
     flops = 6 * B * T * sum(p.numel() for p in model.parameters() if p.dim() == 2)
     train_model = model

@@ -10,8 +10,11 @@ from conftest import ROOT, SMALL, flags
 
 import train_gpt2
 from train_gpt2 import (
+    GPT,
+    GPTConfig,
     best_dtype,
     check_torchrun,
+    expected_memory,
     fitting_batch_size,
     has_bfloat16,
     pick_device,
@@ -220,11 +223,42 @@ def test_what_is_compiled_for_a_cpu_is_deterministic(compile_for):
     assert not torch.utils.deterministic.fill_uninitialized_memory  # it only costs time
 
 
+@pytest.fixture(scope="module")
+def gpt2():
+    """Return a GPT-2 (124M) without numbers."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab_size=50304))
+
+
+@pytest.mark.parametrize("gigabytes, world, B", [
+    (80, 1, 64), (80, 8, 64), (24, 1, 16), (16, 1, 8), (2, 1, 1),
+])
+def test_the_micro_batch_fits_the_card(monkeypatch, gpt2, gigabytes, world, B):
+    class Card:
+        total_memory = gigabytes * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    assert fitting_batch_size(gpt2, 1024, 2**19, "bfloat16", CUDA, world) == B
+    used = expected_memory(gpt2, B, 1024, "bfloat16", world)
+    assert B == 1 or used < Card.total_memory
+    # Twice as much wouldn't fit, or wouldn't be needed.
+    assert B == 64 or expected_memory(gpt2, 2 * B, 1024, "bfloat16", world) > Card.total_memory
+
+
+def test_what_the_memory_is_for(gpt2):
+    parameters = 124_475_904  # with 47 more rows of 768
+    alone = expected_memory(gpt2, 8, 1024, "bfloat16", 1)
+    assert alone > 16 * parameters
+    assert expected_memory(gpt2, 8, 1024, "bfloat16", 8) == alone + 4 * parameters  # DDP's copy
+    assert expected_memory(gpt2, 16, 1024, "bfloat16", 1) > alone
+    assert expected_memory(gpt2, 8, 1024, "float32", 1) > alone
+
+
 @pytest.mark.parametrize("T, rows, B", [
     (64, 64, 8), (64, 8, 8), (64, 12, 4), (64, 7, 1), (16, 512, 32), (4, 512, 64),
     (1024, 512, 1), (8192, 4, 1),  # 512 tokens keep a CPU busy
 ])
 @pytest.mark.parametrize("world", [1, 3])
-def test_the_micro_batch_divides_an_update(T, rows, B, world):
+def test_the_micro_batch_divides_an_update(gpt2, T, rows, B, world):
     total_batch_size = T * rows * world
-    assert fitting_batch_size(T, total_batch_size, CPU, world) == B
+    assert fitting_batch_size(gpt2, T, total_batch_size, "float32", CPU, world) == B

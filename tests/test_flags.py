@@ -164,6 +164,25 @@ def test_the_program_then_ends_with_status_2(run, tmp_path):
     assert line.startswith("train_gpt2.py: --data input.txt") and str(tmp_path) in line
 
 
+def too_much_of_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs")
+
+
+def too_much_of_a_cpu():
+    torch.empty(2**52)
+
+
+@pytest.mark.parametrize("allocate", [too_much_of_a_gpu, too_much_of_a_cpu])
+@pytest.mark.parametrize("words, flag", [
+    ([], "--batch_size"),
+])
+def test_memory_that_is_too_small_is_one_line(small, fails, start, monkeypatch, allocate, words,
+                                              flag):
+    monkeypatch.setattr(train_gpt2, "prepare", lambda device: allocate())
+    message = fails(start, [*flags(), *words])
+    assert flag in message and "allocate" in message and "docs" not in message
+
+
 def test_other_errors_keep_their_traceback(small, start, monkeypatch):
     def fault(device):
         raise RuntimeError("a fault in the program")

@@ -441,6 +441,19 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch, fails, server)
     assert "404" in message and hellaswag.PATH in message
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate"),
+])
+def test_too_little_memory_is_one_line(model_folder, monkeypatch, fails, error):
+    def score(*args):
+        raise error
+
+    monkeypatch.setattr(hellaswag, "score", score)
+    flags = ["-m", model_folder, "-d", "cpu", "--data", EXAMPLES]
+    assert "--model" in fails(hellaswag.main, flags)
+
+
 def test_a_score_on_a_cpu_repeats(model_folder, capsys):
     outputs = []
     for _ in range(2):
