@@ -681,6 +681,7 @@ def main(given, resume, device, rank, world, stop):
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
     saver = CheckpointSaver(cfg, model, optimizer, scaler, data_id, checkpoint)
     log = Log(cfg.log_dir)
+    speed = Speed(cfg, model, T, device, dtype, world)
     print_plan(cfg, model, loader, device, dtype, checkpoint)
     checkpoint = None  # frees the memory of its tensors
 
@@ -758,6 +759,7 @@ def main(given, resume, device, rank, world, stop):
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
         line += f" | lr {lr:.4e} | norm: {norm:.4f}"
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
+        line += speed.describe(step, dt)
         print0(line)
         log.write(step, "train", mean_loss)
 
@@ -863,6 +865,7 @@ def print_plan(cfg, model, loader, device, dtype, checkpoint):
     updates = cfg.max_steps - first_step
     tokens = updates * cfg.total_batch_size
     epochs = tokens / (loader.rows_per_epoch * loader.T)
+    flops = tokens * flops_per_token(model, loader.T)
     print0(f"Model: {parameters:,} parameters.")
     print0(f"Device: {device.type}.")
     print0(f"Processes: {loader.world}.")
@@ -872,6 +875,7 @@ def print_plan(cfg, model, loader, device, dtype, checkpoint):
     print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
            "process.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
+    print0(f"Work: {flops:.2e} FLOPs. The third update's line says how long they take.")
     print0(f"Log and checkpoints: {cfg.log_dir}/")
     print0("Ctrl-C saves and stops after the next update. The same command with --resume goes on.")
     if checkpoint is not None:
@@ -884,6 +888,31 @@ def validation_line(step, loss, token_bytes):
     if token_bytes > 0:  # there is a text
         line += f" | bits per byte: {loss / math.log(2) / token_bytes:.4f}"
     return line
+
+
+class Speed:
+    """Measure a run's share of what the GPUs could do, and the time that is left."""
+
+    def __init__(self, cfg, model, T, device, dtype, world):
+        self.max_steps = cfg.max_steps
+        self.flops_per_update = flops_per_token(model, T) * cfg.total_batch_size
+        self.peak_flops = peak_flops(device, dtype, world)
+        self.updates = 0
+        self.started = None  # when the first update was done
+
+    def describe(self, step, dt):
+        """Return what to add to the line of update `step`, which took dt seconds. It may be ""."""
+        text = ""
+        if self.peak_flops is not None:
+            # model FLOPs utilisation
+            text += f" | mfu: {self.flops_per_update / dt / self.peak_flops:.1%}"
+        self.updates += 1
+        if self.updates == 1:
+            self.started = time.monotonic()  # the first update is slow: don't count it
+        elif self.updates == 3 or self.updates % 20 == 0:  # soon, then every 20th
+            seconds = (time.monotonic() - self.started) / (self.updates - 1)  # evaluations too
+            text += f" | left: {seconds * (self.max_steps - step - 1) / 60:.1f} min"
+        return text
 
 
 class Log:
@@ -1319,6 +1348,35 @@ def compile_model(model, wanted, device, dtype):
         return model
     print0("The model is compiled, so the first update takes a minute.")
     return torch.compile(model)
+
+
+# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets, by the device's name
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device, dtype, world):
+    """Return the operations a second that `world` such devices could do, None if not known."""
+    if device.type != "cuda" or dtype == "float32":
+        return None
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    return None if peak is None else peak * world
+
+
+def flops_per_token(model, T):
+    """Return the floating-point operations of training on one token of a sequence of T.
+
+    6 for each weight of a matrix (2 forward, 4 backward), and 12 * layers * width * T for
+    attention (PaLM's paper, appendix B). The embeddings are looked up, not multiplied.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    matrices -= model.transformer.wpe.weight.numel()  # wte counts: it is lm_head too
+    return 6 * matrices + 12 * model.config.n_layer * model.config.n_embd * T
 
 
 def expected_memory(model, B, T, dtype, world):

@@ -104,8 +104,7 @@ def step():
     if DEVICE.type == "cuda":
         T = 1024
         B = train_gpt2.fitting_batch_size(model, T, 2**19, DTYPE, DEVICE, 1)
-    # For each weight of a matrix, 2 operations forward and 4 backward; attention is left out
-    flops = 6 * B * T * sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    flops = B * T * train_gpt2.flops_per_token(model, T)
     train_model = model
     optimizer = torch.optim.AdamW(model.parameters(), 6e-4)
     tokens = np.random.default_rng(0).integers(50257, size=50 * B * T, dtype=np.uint16)

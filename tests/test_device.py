@@ -223,6 +223,26 @@ def test_what_is_compiled_for_a_cpu_is_deterministic(compile_for):
     assert not torch.utils.deterministic.fill_uninitialized_memory  # it only costs time
 
 
+@pytest.mark.parametrize("name, teraflops", [
+    ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H200", 989),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA H100 PCIe", None), ("NVIDIA H200 NVL", None), ("NVIDIA GH200 480GB", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Tesla T4", None),
+])
+def test_a_gpus_peak_by_its_whole_name(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    if teraflops is None:
+        assert train_gpt2.peak_flops(CUDA, "float16", 8) is None
+    else:
+        assert train_gpt2.peak_flops(CUDA, "bfloat16", 1) == teraflops * 1e12
+        assert train_gpt2.peak_flops(CUDA, "bfloat16", 8) == 8 * teraflops * 1e12
+        assert train_gpt2.peak_flops(CUDA, "float32", 1) is None
+
+
+def test_a_cpus_peak_is_not_known():
+    assert train_gpt2.peak_flops(CPU, "bfloat16", 1) is None
+
+
 @pytest.fixture(scope="module")
 def gpt2():
     """Return a GPT-2 (124M) without numbers."""
