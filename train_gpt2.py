@@ -341,6 +341,7 @@ def open_shards(folder):
     if len(names) < 2:
         raise UserError(f"--data {folder}: it holds {len(names)} shards, and a run needs one to "
                         "train on and one to validate on; python fineweb.py makes them")
+    allow_open_files(len(names) + 1000)  # a memory-mapped file stays open; 1000 for all else
     arrays = []
     for number in range(len(names)):
         name = fineweb.shard_name(number)
@@ -450,6 +451,12 @@ OPENAI_SIZES = {
 MODEL_SIZES = {
     "laptop": dict(n_layer=4, n_head=6, n_embd=96),  # small enough for two CPU cores
     **OPENAI_SIZES,
+    # GPT-3's paper, table 2.1
+    "gpt3-small": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt3-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt3-large": dict(n_layer=24, n_head=16, n_embd=1536),
+    # The table says 24 heads of 128. That is 3072, not the width of 2048, so we take 16 heads.
+    "gpt3-xl": dict(n_layer=24, n_head=16, n_embd=2048),
 }
 
 
@@ -517,6 +524,12 @@ PRESETS = {
     "gpt2-medium": dict(max_lr=3e-4),
     "gpt2-large": dict(max_lr=2.5e-4),
     "gpt2-xl": dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358),
+    "gpt3-small": dict(seq_len=2048),
+    "gpt3-medium": dict(seq_len=2048, max_lr=3e-4),
+    "gpt3-large": dict(seq_len=2048, max_lr=2.5e-4),
+    "gpt3-xl": dict(
+        seq_len=2048, max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358
+    ),
 }
 
 
@@ -1325,6 +1338,17 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap, whose memory goes back when it is freed
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+
+
+def allow_open_files(count):
+    """Raise this process's limit of open files to count, as far as the system allows it."""
+    if sys.platform == "win32":
+        return
+    import resource  # Windows lacks it
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # now, and the most that is allowed
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
 
 
 def compile_model(model, wanted, device, dtype):

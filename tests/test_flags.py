@@ -63,6 +63,7 @@ LAPTOP = dict(seq_len=64, total_batch_size=1024, max_lr=6e-3, weight_decay=0.8, 
               warmup_steps=300, hellaswag_interval=0)
 GPT2 = dict(seq_len=1024, total_batch_size=524288, max_lr=6e-4, weight_decay=0.1,
             max_steps=19073, warmup_steps=715, hellaswag_interval=250)
+GPT3 = GPT2 | dict(seq_len=2048)
 
 
 @pytest.mark.parametrize("words, gpu, shards, expected", [
@@ -77,6 +78,12 @@ GPT2 = dict(seq_len=1024, total_batch_size=524288, max_lr=6e-4, weight_decay=0.1
     ("--model gpt2", False, True, GPT2 | dict(data="edu_fineweb10B")),
     ("--model gpt2", True, False, GPT2 | dict(data="input.txt")),
     ("--model gpt2", True, True, GPT2 | dict(data="edu_fineweb10B")),
+    ("--model gpt3-small", False, False, GPT3 | dict(data="input.txt")),
+    ("--model gpt3-small", True, True, GPT3 | dict(data="edu_fineweb10B")),
+    ("--model gpt3-medium", True, True, GPT3 | dict(max_lr=3e-4)),
+    ("--model gpt3-large", True, True, GPT3 | dict(max_lr=2.5e-4)),
+    ("--model gpt3-xl", True, True, GPT3 | dict(max_lr=2e-4, total_batch_size=2**20,
+                                                 max_steps=9537, warmup_steps=358)),
 ])
 def test_the_settings_of_each_way_to_start(tmp_path, monkeypatch, capsys, words, gpu, shards,
                                            expected):
@@ -125,7 +132,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--max_lr inf", ["--max_lr inf"]),
     ("--weight_decay -0.1", ["--weight_decay -0.1"]),
     ("--seed 18446744073709551616", ["--seed 18446744073709551616"]),
-    ("--model gpt3", ["--model gpt3", "gpt2-medium"]),
+    ("--model gpt3", ["--model gpt3", "gpt3-small"]),
     ("--model fine-tune", ["--model fine-tune", "gpt2"]),
     ("--dtype int8", ["--dtype int8", "bfloat16", "float16", "float32"]),
     ("--total_batch_size 100", ["--total_batch_size 100", "--batch_size", "--seq_len"]),

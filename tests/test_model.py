@@ -12,6 +12,8 @@ from train_gpt2 import (
     CausalSelfAttention,
     GPTConfig,
     KVCache,
+    build_model,
+    choose_config,
 )
 
 TINY = GPTConfig(
@@ -61,6 +63,36 @@ def test_names_and_shapes_are_those_of_hugging_face(name, parameters):
     assert ours.keys() == theirs.keys()
     for name in ours:  # some are stored transposed
         assert sorted(ours[name]) == sorted(theirs[name]), name
+
+
+def new_model(**given):
+    """Return the model of a run with these settings, without numbers."""
+    cfg = choose_config(dict(data="a.txt") | given, None, torch.device("cpu"))
+    with torch.device("meta"):
+        return build_model(cfg, None)
+
+
+@pytest.mark.parametrize("name, n_layer, n_embd", [
+    ("gpt3-small", 12, 768), ("gpt3-medium", 24, 1024), ("gpt3-large", 24, 1536),
+    ("gpt3-xl", 24, 2048),
+])
+def test_gpt3s_small_models(name, n_layer, n_embd):
+    model = new_model(model=name)
+    assert model.config.block_size == 2048
+    # 12 C^2 weights and 13 C vectors in a layer, two C in the last LayerNorm
+    layers = n_layer * (12 * n_embd**2 + 13 * n_embd)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == (50304 + 2048) * n_embd + layers + 2 * n_embd
+
+
+@pytest.mark.parametrize("given, block_size", [
+    (dict(model="laptop"), 64), (dict(model="laptop", seq_len=100), 100),
+    (dict(model="gpt2"), 1024),
+])
+def test_a_new_model_has_no_position_that_is_never_trained(given, block_size):
+    model = new_model(**given)
+    assert model.config.block_size == model.transformer.wpe.weight.shape[0] == block_size
+    assert model.config.vocab_size == 50304
 
 
 def test_heads_must_divide_the_width():
