@@ -474,6 +474,7 @@ class TrainConfig:
     """The settings of a run. The defaults are those of GPT-2 (124M)."""
 
     model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
+    init_from: str = setting("scratch", "scratch, or start from gpt2, ..., a .pt file, a folder")
     data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
     log_dir: str = setting("log", "the folder for the log and the checkpoints")
     seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
@@ -519,6 +520,18 @@ PRESETS = {
         hellaswag_interval=0,
         sample_interval=170,
         checkpoint_interval=170,
+    ),
+    "fine-tune": dict(  # for --init_from
+        seq_len=None,  # the model's block_size, 1024 at most
+        total_batch_size=2**13,
+        max_steps=100,
+        warmup_steps=10,
+        max_lr=3e-5,
+        eval_interval=25,
+        val_tokens=2**17,
+        hellaswag_interval=0,
+        sample_interval=25,
+        checkpoint_interval=50,
     ),
     "gpt2": dict(),
     "gpt2-medium": dict(max_lr=3e-4),
@@ -660,9 +673,9 @@ def main(given, resume, device, rank, world, stop):
     # The model, and the size of a micro-batch
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, checkpoint).to(device)
-    T = cfg.seq_len
+    T = cfg.seq_len or min(1024, model.config.block_size)
     B = cfg.batch_size or fitting_batch_size(model, T, cfg.total_batch_size, dtype, device, world)
-    check_batch(B, T, cfg.total_batch_size, world)
+    check_batch(model, B, T, cfg.total_batch_size, world)
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
 
     # The data
@@ -801,9 +814,11 @@ def is_due(interval, step, last_step):
 
 
 def build_model(cfg, checkpoint):
-    """Return the model of the checkpoint, or a new one of --model's shape."""
+    """Return the model of the checkpoint, of --init_from, or a new one of --model's shape."""
     if checkpoint is not None:
         return model_of(checkpoint)
+    if cfg.init_from != "scratch":
+        return load_model(cfg.init_from, "--init_from")
     # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly into a kernel's
     # blocks. The 47 extra tokens never occur.
     config = GPTConfig(block_size=cfg.seq_len, vocab_size=50304, **MODEL_SIZES[cfg.model])
@@ -868,6 +883,8 @@ class KVCache:
 def print_plan(cfg, model, loader, device, dtype, checkpoint):
     """Say in plain words what is about to happen, on what, and how to stop it."""
     source = f"the preset {cfg.model}"
+    if cfg.init_from != "scratch":
+        source = "the preset fine-tune"
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint["step"]
@@ -1500,7 +1517,7 @@ class StopRequest:
 
 
 # What a run that goes on can't change: its model, and the order of its data
-FIXED = ("model", "seq_len", "total_batch_size", "seed", "shuffle")
+FIXED = ("model", "init_from", "seq_len", "total_batch_size", "seed", "shuffle")
 
 
 def check_settings(given, config):
@@ -1531,7 +1548,7 @@ def choose_config(given, checkpoint, device):
         base = checkpoint["train_config"]
         if base.keys() != {f.name for f in fields(TrainConfig)}:
             raise UserError("--resume: the checkpoint is of another version of this program, with "
-                            "other settings")
+                            "other settings; --init_from takes its weights")
         for name in FIXED:
             if given.get(name, base[name]) != base[name]:
                 raise UserError(f"--{name} {given[name]}: the run was begun with {base[name]}; "
@@ -1551,13 +1568,22 @@ def choose_config(given, checkpoint, device):
     base["model"] = "gpt2" if is_large else "laptop"
     settings = base | given
     preset = settings["model"]
+    if given.get("init_from", "scratch") != "scratch":
+        preset = "fine-tune"
+        if "model" in given:
+            raise UserError(f"--model {given['model']} and --init_from {given['init_from']} "
+                            "contradict each other: --model is for a new model; leave one out")
     if no_shards:
         print0(f"no shards in {fineweb.SHARDS}, so: the preset {preset} on input.txt")
     return TrainConfig(**(PRESETS[preset] | settings))
 
 
-def check_batch(B, T, total_batch_size, world):
-    """Raise UserError when micro-batches don't make up an update."""
+def check_batch(model, B, T, total_batch_size, world):
+    """Raise UserError when sequences are too long, or micro-batches don't make up an update."""
+    block_size = model.config.block_size
+    if T > block_size:
+        raise UserError(f"--seq_len {T} is longer than the model's block_size; give --seq_len "
+                        f"{block_size} or less")
     if total_batch_size % (B * T * world) != 0:
         smallest = T * world  # the tokens of an update with B = 1
         multiple = math.ceil(total_batch_size / smallest) * smallest

@@ -282,3 +282,8 @@ def test_what_the_memory_is_for(gpt2):
 def test_the_micro_batch_divides_an_update(gpt2, T, rows, B, world):
     total_batch_size = T * rows * world
     assert fitting_batch_size(gpt2, T, total_batch_size, "float32", CPU, world) == B
+
+
+def test_a_micro_batch_for_an_update_that_is_too_small(gpt2, fails):
+    B = fitting_batch_size(gpt2, 64, 100, "float32", CPU, 1)
+    assert "--total_batch_size 100" in fails(train_gpt2.check_batch, gpt2, B, 64, 100, 1)

@@ -1,10 +1,12 @@
 """The command line: what is asked for is done. What can't be done is said in one line, status 2."""
 import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
 
+import offline
 import pytest
 import torch
 from conftest import ROOT, flags
@@ -12,6 +14,8 @@ from conftest import ROOT, flags
 import fineweb
 import train_gpt2
 from train_gpt2 import TrainConfig, parse_flags
+
+TINY = dict(n_layer=1, n_head=2, n_embd=32)
 
 
 @pytest.fixture
@@ -21,6 +25,12 @@ def start(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *words])
         train_gpt2.command()
     return start
+
+
+def without_model(words):
+    """Return words, flags(...), without --model, to make room for --init_from."""
+    place = words.index("--model")
+    return words[:place] + words[place + 2 :]
 
 
 def test_every_setting_is_a_flag():
@@ -64,6 +74,8 @@ LAPTOP = dict(seq_len=64, total_batch_size=1024, max_lr=6e-3, weight_decay=0.8, 
 GPT2 = dict(seq_len=1024, total_batch_size=524288, max_lr=6e-4, weight_decay=0.1,
             max_steps=19073, warmup_steps=715, hellaswag_interval=250)
 GPT3 = GPT2 | dict(seq_len=2048)
+FINE_TUNE = dict(seq_len=None, total_batch_size=8192, max_lr=3e-5, weight_decay=0.1,
+                 max_steps=100, warmup_steps=10, hellaswag_interval=0)
 
 
 @pytest.mark.parametrize("words, gpu, shards, expected", [
@@ -84,6 +96,13 @@ GPT3 = GPT2 | dict(seq_len=2048)
     ("--model gpt3-large", True, True, GPT3 | dict(max_lr=2.5e-4)),
     ("--model gpt3-xl", True, True, GPT3 | dict(max_lr=2e-4, total_batch_size=2**20,
                                                  max_steps=9537, warmup_steps=358)),
+    ("--init_from gpt2", False, False, FINE_TUNE | dict(data="input.txt")),
+    ("--init_from gpt2", False, True, FINE_TUNE | dict(data="edu_fineweb10B")),
+    ("--init_from gpt2", True, False, FINE_TUNE | dict(data="input.txt")),
+    ("--init_from gpt2", True, True, FINE_TUNE | dict(data="edu_fineweb10B")),
+    ("--init_from FOLDER", False, False, FINE_TUNE),
+    ("--init_from FOLDER", True, True, FINE_TUNE),
+    ("--init_from FOLDER --max_lr 1e-4", True, True, FINE_TUNE | dict(max_lr=1e-4)),
 ])
 def test_the_settings_of_each_way_to_start(tmp_path, monkeypatch, capsys, words, gpu, shards,
                                            expected):
@@ -107,6 +126,21 @@ def test_the_settings_of_each_way_to_start(tmp_path, monkeypatch, capsys, words,
     assert out.count("\n") == instead
 
 
+@pytest.mark.parametrize("words, preset", [
+    ([], "laptop"),
+    (["--init_from", "small"], "fine-tune"),
+])
+def test_a_run_says_which_preset_it_took(small, start, capsys, tmp_path, words, preset):
+    offline.save_random_gpt2(tmp_path / "small", **TINY, n_positions=16)
+    common = ["--data", "text.txt", "--total_batch_size", "64", "--max_steps", "1",
+              "--sample_interval", "0", "--eval_interval", "0", "--device", "cpu"]
+    start([*common, *words])
+    out = capsys.readouterr().out
+    assert f"preset {preset}" in out
+    # A sequence is as long as the model can read, and a new model as long as a sequence.
+    assert f" x {64 if preset == 'laptop' else 16} tokens" in out
+
+
 def test_flags_reach_the_run(small, start, capsys):
     start(flags(max_steps=3, max_lr=2e-3))
     out = capsys.readouterr().out
@@ -114,12 +148,26 @@ def test_flags_reach_the_run(small, start, capsys):
     assert "2 micro-batches of 2 x 16 tokens" in out
 
 
+def test_init_from_a_folder(small, start, capsys, tmp_path):
+    offline.save_random_gpt2(tmp_path / "small", **TINY, n_positions=64)
+    words = without_model(flags(max_steps=1, shuffle=False))
+    outputs = []
+    for seed in ("1", "2"):
+        start([*words, "--init_from", "small", "--seed", seed])
+        outputs.append(capsys.readouterr().out)
+    parameters = 50257 * 32 + 64 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32
+    assert f"{parameters:,} parameters" in outputs[0]
+    first, second = (re.search(r"step +0 \| loss: (\S+)", out)[1] for out in outputs)
+    assert first == second  # nothing of it is random
+
+
 def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
-    given, _ = parse_flags(["--data=~/a.txt", "--log_dir=~/runs/a"])
+    given, _ = parse_flags(["--data=~/a.txt", "--log_dir=~/runs/a", "--init_from=~/my-gpt2"])
     found = {name: os.path.normpath(path) for name, path in given.items()}
-    assert found == dict(data=str(tmp_path / "a.txt"), log_dir=str(tmp_path / "runs" / "a"))
+    assert found == dict(data=str(tmp_path / "a.txt"), log_dir=str(tmp_path / "runs" / "a"),
+                         init_from=str(tmp_path / "my-gpt2"))
 
 
 @pytest.mark.parametrize("words, named", [
@@ -134,6 +182,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--seed 18446744073709551616", ["--seed 18446744073709551616"]),
     ("--model gpt3", ["--model gpt3", "gpt3-small"]),
     ("--model fine-tune", ["--model fine-tune", "gpt2"]),
+    ("--model gpt2 --init_from small", ["--model gpt2", "--init_from small"]),
     ("--dtype int8", ["--dtype int8", "bfloat16", "float16", "float32"]),
     ("--total_batch_size 100", ["--total_batch_size 100", "--batch_size", "--seq_len"]),
     ("--data no.txt", ["--data no.txt"]),
@@ -146,8 +195,17 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--device cuda", ["--device cuda", "cpu"]),
     ("--device gpu", ["--device gpu", "cuda, mps, cpu", "CUDA_VISIBLE_DEVICES"]),
     ("--device cuda:0", ["--device cuda:0", "cuda, mps, cpu", "CUDA_VISIBLE_DEVICES"]),
+    ("--init_from gpt2-huge", ["--init_from gpt2-huge", "gpt2-medium"]),
+    ("--init_from gpt2", ["--init_from gpt2"]),
+    ("--init_from folder", ["--init_from folder"]),
+    ("--init_from words", ["--init_from words", "100", "50257"]),
+    ("--init_from small --seq_len 32", ["--seq_len 32", "16"]),
 ])
 def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, start, words, named):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     too_late = lambda *args: pytest.fail("it waits for the compiler first")
     monkeypatch.setattr(train_gpt2, "compile_model", too_late)
@@ -156,8 +214,15 @@ def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, st
     (tmp_path / "my.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "folder").mkdir()
     (tmp_path / "log").mkdir()
+    if " small" in words:
+        offline.save_random_gpt2(tmp_path / "small", **TINY, n_positions=16)
+    if " words" in words:
+        offline.save_random_gpt2(tmp_path / "words", **TINY, vocab_size=100)
     before = sorted(tmp_path.iterdir())
-    message = fails(start, [*flags(max_steps=3), *words.split()])
+    common = flags(max_steps=3)
+    if "init_from" in words and "--model" not in words:
+        common = without_model(common)
+    message = fails(start, [*common, *words.split()])
     for word in named:
         assert word in message
     assert sorted(tmp_path.iterdir()) == before  # nothing was harmed, and nothing left behind

@@ -170,6 +170,19 @@ def test_a_resumed_run_goes_on_as_the_whole_one(train, compiler, tmp_path, dtype
     assert largest_difference(val_losses(resumed), val_losses(whole)[1:]) < 1e-2
 
 
+def test_a_second_run_starts_from_a_checkpoint(train):
+    train(**SETTINGS | dict(max_steps=20, checkpoint_interval=20))
+    settings = dict(data="text.txt", init_from="log/model_00020.pt", log_dir="log2", max_steps=2,
+                    seq_len=64, batch_size=2, total_batch_size=256, device=DEVICE.type)
+    train_gpt2.launch(settings)
+    with open("log/log.txt", encoding="utf-8") as f:
+        end = float(f.readlines()[-1].split()[2])
+    with open("log2/log.txt", encoding="utf-8") as f:
+        lines = [line.split() for line in f]
+    first = float(next(value for step, kind, value in lines if kind == "train"))
+    assert abs(first - end) < 1  # a new model would begin at 10.9
+
+
 def test_keys_and_values_that_are_kept_change_nothing():
     model = make_model().to(DEVICE)
     idx = torch.randint(50257, (3, 40), device=DEVICE)

@@ -52,7 +52,7 @@ def test_every_command_has_settings_that_fit_its_number_of_processes(line, monke
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=T, **shape))
     B = train_gpt2.fitting_batch_size(model, T, cfg.total_batch_size, "bfloat16", device, world)
-    train_gpt2.check_batch(B, T, cfg.total_batch_size, world)
+    train_gpt2.check_batch(model, B, T, cfg.total_batch_size, world)
 
 
 def test_every_flag_in_the_text_is_one():

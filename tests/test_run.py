@@ -294,12 +294,42 @@ def test_a_checkpoint_needs_nothing_of_ours(train):
     assert loaded.config == model.config and same(loaded, model)
 
 
-def test_hellaswag_scores_a_checkpoint(train, capsys):
+def test_a_run_and_hellaswag_start_from_a_checkpoint(train, capsys):
+    model, _ = train(checkpoint_interval=6)
+    settings = {name: value for name, value in SMALL.items() if name != "model"}
+    for name in ("log/model_00006.pt", "log"):
+        launch(settings | dict(init_from=name, log_dir="log2", max_steps=1, eval_interval=1))
+        _, val = text_tokens()
+        assert val_losses(capsys.readouterr().out)[0] == f"{evaluate(model, val, 2, 16):.6f}"
+
     model, _ = train(checkpoint_interval=6, seq_len=256, total_batch_size=512, max_steps=1)
     hellaswag.main(["-m", "log/model_00001.pt", "--data", EXAMPLES, "--limit", "20", "-d", "cpu"])
     shown = re.findall(r"mean loss per token +(\d\.\d{4}) \+-", capsys.readouterr().out)
     right = hellaswag.count_right(model, take_examples(20))
     assert shown == [f"{right / 20:.4f}"]
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(train, fails, capsys):
+    train(checkpoint_interval=6, max_steps=1)
+    whole = Path("log/model_00001.pt").read_bytes()
+    for name, data in dict(cut=whole[: len(whole) // 2], empty=b"", text=b"To be").items():
+        Path(f"{name}.pt").write_bytes(data)
+    Path("flipped.pt").write_bytes(whole)
+    spoil("flipped.pt")
+    config = dict(n_layer=1, n_head=1, n_embd=8)
+    nano = dict(model={}, optimizer={}, model_args=config, iter_num=1, best_val_loss=1.0, config={})
+    torch.save(nano, "nano.pt")
+    torch.save(dict(model={}, config=GPTConfig()), "pickled.pt")  # build-nanogpt's
+    settings = {name: value for name, value in SMALL.items() if name != "model"}
+    for name in ("cut", "empty", "text", "flipped", "nano", "pickled", "gone"):
+        path = f"{name}.pt"
+        message = fails(launch, settings | dict(init_from=path, log_dir="log2"))
+        assert path in message
+        assert "\x1b" not in message
+        if name in ("nano", "pickled"):
+            assert "another program" in message
+    assert "flipped.pt" in fails(hellaswag.main, ["-m", "flipped.pt", "--data", EXAMPLES])
+    assert files("log2") == []
 
 
 def test_no_damage_of_a_checkpoint_goes_unseen(train):
@@ -580,6 +610,7 @@ def test_what_a_run_was_begun_with_stays(train, fails):
     train(checkpoint_interval=6)
     before = files("log")
     assert "--model gpt2" in fails(train, resume=True, model="gpt2")
+    assert "--init_from gpt2" in fails(train, resume=True, init_from="gpt2")
     for name, value in dict(seq_len=8, total_batch_size=128, seed=5, shuffle=False).items():
         assert f"--{name} {value}" in fails(train, resume=True, **{name: value})
     text = Path("text.txt").read_text(encoding="utf-8")
@@ -633,6 +664,7 @@ def test_a_checkpoint_of_another_version_is_refused(train, fails):
         checkpoint["train_config"]["of_the_future"] = 1
         torch.save(checkpoint, f"log/model_{number:05d}.pt")
     assert "another version" in fails(launch, dict(max_steps=8), resume=True)
+    train_gpt2.load_model("log", "--init_from")  # its weights can be used
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, capsys):
