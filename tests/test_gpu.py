@@ -229,7 +229,7 @@ def test_gradients_in_a_process_group_are_those_without(tmp_path):
     assert "barrier" not in done.stderr  # which warns when it has to guess the device
 
 
-def test_torchrun_sigterm_resume_and_hellaswag(small, tmp_path):
+def test_torchrun_sigterm_resume_sample_and_hellaswag(small, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     words = flags(**SETTINGS | dict(
         max_steps=100_000, eval_interval=50, val_tokens=1000, sample_interval=50,
@@ -265,6 +265,7 @@ def test_torchrun_sigterm_resume_and_hellaswag(small, tmp_path):
 
     device = ["--device", DEVICE.type]
     for command in (
+        ["train_gpt2.py", "--sample", "Hello", "--max_new_tokens", "9", *device],
         ["hellaswag.py", "-m", "log", "--data", "hellaswag_val.jsonl", *device],
     ):
         done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=tmp_path,

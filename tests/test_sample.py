@@ -78,6 +78,10 @@ def test_end_of_text_in_a_prompt_is_the_token():
     assert text == "a<|endoftext|>" + decode([0, 1])  # they follow the last token, 50256
 
 
+def test_an_empty_prompt_is_refused(fails):
+    assert "--sample" in fails(sample, Rigged(), "")
+
+
 def test_only_the_top_k_are_drawn_and_all_of_them():
     start = gpt2_encoding().encode(" a")[0]
     texts = sample(Rigged(), " a", num_samples=400, max_new_tokens=1, top_k=5)
