@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
     python train_gpt2.py --resume                            # go on from the newest checkpoint
     python train_gpt2.py --sample "Once upon a time"         # let the newest checkpoint write
+    python train_gpt2.py --export my-gpt2                    # save it for Hugging Face
     python train_gpt2.py --help                              # all settings
 
 Read it from top to bottom: the model, text from the model, the data, the recipe, and the run
@@ -20,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
@@ -1646,6 +1648,8 @@ def parse_flags(argv=None):
     other.add_argument("--resume", action="store_true", default=False,
                        help="go on from the newest checkpoint in log_dir, or begin")
     instead = other.add_mutually_exclusive_group()  # at most one of these
+    instead.add_argument("--export", metavar="FOLDER", default=None,
+                         help="write the newest checkpoint, or init_from, in Hugging Face's format")
     instead.add_argument("--sample", metavar="TEXT", default=None,
                          help="continue this text with the newest checkpoint, or init_from")
     add_flags(other, SampleConfig)
@@ -1681,12 +1685,50 @@ def write_samples(given, text, sampling):
     print("\n---\n".join(texts))
 
 
+def export(given, folder):
+    """Write the model into folder in Hugging Face's format, with GPT-2's tokenizer.
+
+    The vocabulary has 50257 tokens again, without our padding. Raises UserError.
+    """
+    model = load_asked_model(given)
+    import transformers  # slow to import, and needed only here
+    from safetensors import SafetensorError  # it turns the disk's errors into this
+
+    transformers.logging.disable_progress_bar()
+    c = model.config
+    config = transformers.GPT2Config(
+        vocab_size=50257, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head,
+    )
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(TRANSPOSED):
+            weight = weight.t()
+        elif name in ("transformer.wte.weight", "lm_head.weight"):
+            weight = weight[:50257]
+        weights[name] = weight.contiguous()  # .t() is only another view of the numbers
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.load_state_dict(weights)
+    with blame(f"--export {folder}", (OSError, SafetensorError)):
+        os.makedirs(folder, exist_ok=True)
+        theirs.save_pretrained(folder)
+        files = fineweb.tokenizer_folder()
+        shutil.copy(files / "encoder.json", os.path.join(folder, "vocab.json"))
+        shutil.copy(files / "vocab.bpe", os.path.join(folder, "merges.txt"))
+        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            f.write('{"tokenizer_class": "GPT2Tokenizer", "model_max_length": %d}' % c.block_size)
+    print(f"saved {folder}: transformers.pipeline('text-generation', {folder!r}) loads it")
+
+
 def command():
     """Do what the command line says."""
     given, options = parse_flags()
     if options.sample is not None:
         with enough_memory("lower --num_samples"):
             write_samples(given, options.sample, options.sampling)
+        return
+    if options.export is not None:
+        export(given, os.path.expanduser(options.export))
         return
     with enough_memory("lower --batch_size"):
         launch(given, options.resume)

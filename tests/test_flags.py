@@ -36,7 +36,7 @@ def without_model(words):
 def test_every_setting_is_a_flag():
     given, options = parse_flags([])
     assert given == {} and options.sampling == {}
-    assert not options.resume and options.sample is None
+    assert not options.resume and options.sample is None and options.export is None
     words = "--max_lr 1e-3 --batch_size 8 --no-compile --dtype float32 --resume --top_k 3"
     given, options = parse_flags(words.split())
     assert given == dict(max_lr=1e-3, batch_size=8, compile=False, dtype="float32")
@@ -179,6 +179,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--max_step 1", ["--max_step"]),
     ("--max_steps many", ["--max_steps", "many"]),
     ("--batch_size 0", ["--batch_size 0"]),
+    ("--sample text --export folder", ["--sample", "--export"]),
     ("--seq_len -1", ["--seq_len -1"]),
     ("--max_lr nan", ["--max_lr nan"]),
     ("--max_lr inf", ["--max_lr inf"]),
@@ -210,6 +211,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--sample a --init_from small --seed 99999999999999999999", ["--seed 99999999999999999999"]),
     ("--sample= --init_from small", ["--sample"]),
     ("--sample a", ["--log_dir log", "--init_from"]),
+    ("--export exported", ["--log_dir log", "--init_from"]),
     ("--sample a --init_from gpt2-huge", ["--init_from gpt2-huge", "gpt2-medium"]),
 ])
 def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, start, words, named):
