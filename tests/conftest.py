@@ -1,0 +1,59 @@
+"""pytest's set-up: --history, and what several test files need."""
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--history", action="store_true", help="replay the history, and nothing else")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Return how many processes share the tests. With 0, pytest runs them itself.
+
+    Then they run one after another, and a step that is replayed has the whole machine.
+    """
+    if config.getoption("--history"):
+        return 0
+    return min(4, os.cpu_count())
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep the steps of the history with --history, and all other tests without it."""
+    replaying = config.getoption("--history")
+    wanted = []
+    others = []
+    for item in items:
+        is_step = item.get_closest_marker("history") is not None
+        if is_step == replaying:
+            wanted.append(item)
+        else:
+            others.append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = wanted
+
+
+def git(*args, cwd=ROOT):
+    """Run a git command; return what it printed, as bytes.
+
+    Git's hooks set variables such as GIT_DIR. They name another repository, so they are left out.
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ("git", *args)
+    return subprocess.run(command, cwd=cwd, env=env, check=True, stdout=subprocess.PIPE).stdout
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Return the folder of a new git repository."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    git("init", "-q", cwd=root)
+    git("config", "user.name", "a test", cwd=root)
+    git("config", "user.email", "a.test@example.com", cwd=root)
+    git("config", "commit.gpgsign", "false", cwd=root)
+    return root
