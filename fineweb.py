@@ -1,8 +1,13 @@
-"""GPT-2's tokenizer."""
+"""Turn documents into shards of GPT-2's tokens, for train_gpt2.py to train on.
+
+A shard is a NumPy file: one row of uint16, 100M tokens long. The last shard holds what is left.
+Shard 0 is for validation. Every document begins with the token <|endoftext|>.
+"""
 import argparse
 import functools
 import os
 import sys
+from contextlib import contextmanager
 from importlib.metadata import distribution
 
 import numpy as np
@@ -45,6 +50,68 @@ def encode(text):
 
 
 # -------------------------------------------------------------------------------------------------
+# A document becomes tokens
+
+
+def tokenize(text):
+    """Return the tokens of one document, (n,) uint16.
+
+    The first token is <|endoftext|>. It tells the model that something new begins.
+    """
+    tokens = encode(text)
+    end_of_text = np.array([gpt2_encoding().eot_token], dtype=np.uint16)
+    return np.concatenate((end_of_text, tokens))
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokens become shards
+
+
+def shard_name(number):
+    """Return the file name of a shard. Shard 0 is for validation."""
+    kind = "train" if number else "val"
+    return f"edufineweb_{kind}_{number:06d}.npy"
+
+
+def write_shard(folder, number, tokens):
+    """Write tokens, (n,) uint16, as a shard. Raises OSError if the disk doesn't take them."""
+    np.save(os.path.join(folder, shard_name(number)), tokens)
+
+
+class ShardWriter:
+    """Lay documents end to end, and write a shard whenever one is full.
+
+    progress: a dict, which counts the `shards` and `tokens` that are written.
+    """
+
+    def __init__(self, folder, shard_size, progress):
+        self.folder = folder
+        self.progress = progress
+        self.shard = np.empty(shard_size, dtype=np.uint16)
+        self.filled = 0
+
+    def add(self, tokens):
+        """Add a document, (n,) uint16. Raises UserError if the disk doesn't take a shard."""
+        place = 0  # how many of its tokens are laid down
+        while place < len(tokens):  # a document may be longer than a shard
+            room = len(self.shard) - self.filled
+            part = tokens[place : place + room]
+            self.shard[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            place += len(part)
+            if self.filled == len(self.shard):
+                self.write()
+
+    def write(self):
+        """Write what there is as the next shard."""
+        with blame(f"--out {self.folder}"):
+            write_shard(self.folder, self.progress["shards"], self.shard[: self.filled])
+            self.progress["shards"] += 1
+            self.progress["tokens"] += self.filled
+        self.filled = 0
+
+
+# -------------------------------------------------------------------------------------------------
 # What all three programs need
 
 
@@ -57,6 +124,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+
+@contextmanager
+def blame(what, kind=OSError, advice=""):
+    """Turn an error of this kind into a UserError that names `what`. A UserError stays as it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kind as error:
+        raise UserError(f"{what}: {one_line(error)}{advice}") from error
+
+
+def one_line(error):
+    """Return the text of error in one line of at most 300 characters, and that of its cause."""
+    text = getattr(error, "strerror", None) or str(error) or repr(error)
+    text = " ".join(text.split())[:300]
+    if error.__cause__ is not None and str(error.__cause__) != str(error):
+        text += f" ({one_line(error.__cause__)})"
+    return text[:300]
 
 
 def run_program(function):
