@@ -1,5 +1,8 @@
 """Turn documents into shards of GPT-2's tokens, for train_gpt2.py to train on.
 
+    python fineweb.py                                   # 10B tokens of FineWeb-Edu: 100 shards
+    python fineweb.py --dataset NAME --out FOLDER       # another data set from Hugging Face
+
 A shard is a NumPy file: one row of uint16, 100M tokens long. The last shard holds what is left.
 Shard 0 is for validation. Every document begins with the token <|endoftext|>.
 """
@@ -14,7 +17,9 @@ import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
+from tqdm import tqdm
 
+SHARDS = "edu_fineweb10B"  # the folder for the shards; train_gpt2.py looks for them there
 END_OF_TEXT = "<|endoftext|>"
 
 # -------------------------------------------------------------------------------------------------
@@ -112,6 +117,91 @@ class ShardWriter:
 
 
 # -------------------------------------------------------------------------------------------------
+# The program
+
+
+def main(argv=None):
+    """Write the shards. Raises UserError if that can't be done."""
+    args = parse_arguments(argv)
+    os.makedirs(args.out, exist_ok=True)
+    progress = dict(shards=0, tokens=0)
+    tokenize_all(args, progress)
+    finish(args, progress)
+
+
+def parse_arguments(argv):
+    """Return the settings of the command line. Raises UserError if one of them is invalid."""
+    parser = Parser(description="Turn documents into shards of GPT-2's tokens.")
+    expanded = os.path.expanduser  # a shell leaves the ~ of --out=~/shards as it is
+    parser.add_argument("--out", type=expanded, default=SHARDS, help="the folder for the shards")
+    parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens in a shard")
+    parser.add_argument("--dataset", type=expanded, default="HuggingFaceFW/fineweb-edu",
+                        help="a data set from Hugging Face")
+    parser.add_argument("--name", help="its configuration; sample-10BT for FineWeb-Edu")
+    args = parser.parse_args(argv)
+
+    if args.dataset == parser.get_default("dataset") and not args.name:
+        args.name = "sample-10BT"
+    return args
+
+
+def tokenize_all(args, progress):
+    """Write the shards."""
+    documents = read_hub(args)
+    results = ([(origin, tokenize(text))] for origin, text in documents)
+    write_shards(results, args, progress)
+
+
+def write_shards(results, args, progress):
+    """Write the shards of results: lists of (origin, tokens)."""
+    writer = ShardWriter(args.out, args.shard_size, progress)
+    with tqdm(unit=" tokens", unit_scale=True) as bar:
+        for batch in results:
+            for origin, tokens in batch:
+                writer.add(tokens)
+                bar.update(len(tokens))
+    if writer.filled > 0:
+        writer.write()
+
+
+def finish(args, progress):
+    """Tell what was written. Raises UserError if there is nothing to train on."""
+    if progress["tokens"] == 0:
+        source = f"--dataset {args.dataset}"
+        raise UserError(f"{source}: there is no text in it")
+    if progress["shards"] < 2:
+        raise UserError(f"{progress['tokens']:,} tokens fill only the validation shard in "
+                        f"{args.out}; give another --out, and a lower --shard_size")
+    print(f"{progress['tokens']:,} tokens in {progress['shards']} shards in {args.out}, "
+          "the first for validation")
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading documents. A document is (origin, text). origin is its place, for messages, such as
+# "HuggingFaceFW/fineweb-edu, row 3".
+
+
+def read_hub(args):
+    """Yield the documents of a data set on the hub.
+
+    When the network fails, the hub's client and `datasets` try again for a while. Raises UserError
+    when they give up.
+    """
+    from datasets import load_dataset  # slow to import, and only needed here
+    from huggingface_hub.constants import HF_HOME
+
+    advice = f"; is the network there, HF_TOKEN right, and room in {HF_HOME} (HF_HOME)?"
+    with blame(f"--dataset {args.dataset}", Exception, advice):
+        dataset = load_dataset(args.dataset, args.name, split="train")
+        dataset = dataset.select_columns("text")
+        number = 0
+        for rows in dataset.iter(batch_size=128):
+            for text in rows["text"]:
+                number += 1
+                yield f"{args.dataset}, row {number}", text
+
+
+# -------------------------------------------------------------------------------------------------
 # What all three programs need
 
 
@@ -161,3 +251,7 @@ def run_program(function):
     # A usual exit would wait for the other processes of a run, or for a library's threads.
     sys.stderr.flush()
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,12 +1,19 @@
-"""fineweb.py: what it writes, what it refuses."""
+"""fineweb.py, with the real `datasets` and a hub on loopback: what it writes, what it refuses."""
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 import fineweb
+import hub
 from fineweb import gpt2_encoding
 
+PROGRAM = [sys.executable, str(ROOT / "fineweb.py")]
 TEXTS = ["The first document.\nIt has two lines.\n", "", "The third: 中文, and emoji 🙂."]
 
 
@@ -31,11 +38,29 @@ def read(folder, shard_size):
     return np.concatenate(shards)
 
 
+def run_fineweb(folder, *flags, environment=None):
+    """Run fineweb.py in folder; return the finished process."""
+    return subprocess.run([*PROGRAM, *flags], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def hub_environment(tmp_path_factory):
+    return hub.environment(tmp_path_factory.mktemp("hub"))
+
+
 # The tokenizer
 
 
+def test_it_loads_neither_torch_nor_datasets():
+    script = ("import sys, fineweb; print({'torch', 'datasets', 'transformers', 'train_gpt2',"
+              " 'hellaswag', 'pyarrow'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_documents_are_tokenised_as_tiktoken_does():
-    for text in TEXTS + ["<|endoftext|>", "naïve 東京"]:
+    for text in hub.make_documents(50) + ["", "<|endoftext|>", "naïve 東京"]:
         tokens = fineweb.tokenize(text)
         assert tokens.dtype == np.uint16
         assert tokens.tolist() == [50256, *gpt2_encoding().encode_ordinary(text)]
@@ -76,3 +101,47 @@ def test_one_line_for_an_error_and_its_cause(fails):
     message = fails(load)
     for part in ("--dataset a", "this is what happened", "No space left on device", "; advice"):
         assert part in message
+
+
+# The hub
+
+
+def check_hub_error(done):
+    """Look at the line with which fineweb.py gave up; return it."""
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert line.startswith("fineweb.py: ") and "--dataset" in line
+    return line
+
+
+def test_without_a_network_nothing_is_written(tmp_path):
+    environment = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    line = check_hub_error(run_fineweb(tmp_path, environment=environment))
+    assert "HuggingFaceFW/fineweb-edu" in line and "HF_TOKEN" in line
+    assert not list((tmp_path / "edu_fineweb10B").glob("*.npy"))
+
+
+def test_a_cache_folder_that_cannot_be_written(hub_environment, tmp_path):
+    (tmp_path / "file").touch()
+    cache = str(tmp_path / "file" / "cache")
+    done = run_fineweb(tmp_path, environment=hub_environment | dict(HF_HOME=cache))
+    line = check_hub_error(done)
+    assert "HF_HOME" in line and cache in line
+
+
+def test_a_dataset_with_a_loading_script(tmp_path):
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("import datasets\n")
+    environment = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    done = run_fineweb(tmp_path, "--dataset", "./script", environment=environment)
+    assert "--dataset ./script" in check_hub_error(done)
+
+
+def test_the_shards_hold_each_document_in_order(hub_environment, tmp_path):
+    folder = tmp_path / "s"
+    command = [*PROGRAM, "--shard_size", "5000", "--out", str(folder)]
+    done = subprocess.run(command, env=hub_environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    tokens = expected(hub.make_documents())
+    assert np.array_equal(read(folder, 5000), tokens)
+    assert f"{len(tokens):,} tokens in 55 shards in {folder}" in done.stdout
