@@ -8,8 +8,11 @@ Shard 0 is for validation. Every document begins with the token <|endoftext|>.
 """
 import argparse
 import functools
+import multiprocessing as mp
 import os
 import sys
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import distribution
 
@@ -135,6 +138,8 @@ def parse_arguments(argv):
     expanded = os.path.expanduser  # a shell leaves the ~ of --out=~/shards as it is
     parser.add_argument("--out", type=expanded, default=SHARDS, help="the folder for the shards")
     parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens in a shard")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1),
+                        help="processes that tokenise")
     parser.add_argument("--dataset", type=expanded, default="HuggingFaceFW/fineweb-edu",
                         help="a data set from Hugging Face")
     parser.add_argument("--name", help="its configuration; sample-10BT for FineWeb-Edu")
@@ -148,8 +153,9 @@ def parse_arguments(argv):
 def tokenize_all(args, progress):
     """Write the shards."""
     documents = read_hub(args)
-    results = ([(origin, tokenize(text))] for origin, text in documents)
-    write_shards(results, args, progress)
+    with start_workers(args.workers) as pool:
+        results = in_order(pool, tokenize_batch, batches(documents), 2 * args.workers)
+        write_shards(results, args, progress)
 
 
 def write_shards(results, args, progress):
@@ -199,6 +205,62 @@ def read_hub(args):
             for text in rows["text"]:
                 number += 1
                 yield f"{args.dataset}, row {number}", text
+
+
+# -------------------------------------------------------------------------------------------------
+# In several processes
+
+
+def tokenize_batch(documents):
+    """Return a list of (origin, tokens) for a list of documents, (origin, text) each."""
+    return [(origin, tokenize(text)) for origin, text in documents]
+
+
+def batches(documents):
+    """Yield lists of documents that keep a worker busy for a while and fit in memory."""
+    batch = []
+    characters = 0
+    for origin, text in documents:
+        batch.append((origin, text))
+        characters += len(text)
+        if len(batch) == 128 or characters > 1_000_000:
+            yield batch
+            batch = []
+            characters = 0
+    if batch:
+        yield batch
+
+
+def in_order(pool, function, items, at_once):
+    """Yield function(item) for each of items, in their order; the processes of pool work on it.
+
+    At most at_once items are in flight. Without this limit a fast reader would fill the memory.
+    """
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == at_once:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@contextmanager
+def start_workers(count):
+    """Provide a pool of processes that tokenise."""
+    # Spawn, not fork: the libraries that download have threads, and a fork of a process with
+    # threads can hang.
+    spawn = mp.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=prepare_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare_worker():
+    """Get this worker process ready: load the tokenizer."""
+    gpt2_encoding()
 
 
 # -------------------------------------------------------------------------------------------------

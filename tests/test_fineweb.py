@@ -137,9 +137,10 @@ def test_a_dataset_with_a_loading_script(tmp_path):
     assert "--dataset ./script" in check_hub_error(done)
 
 
-def test_the_shards_hold_each_document_in_order(hub_environment, tmp_path):
+@pytest.mark.parametrize("flags", ["--workers 1", "--workers 2"])
+def test_the_shards_hold_each_document_in_order(hub_environment, tmp_path, flags):
     folder = tmp_path / "s"
-    command = [*PROGRAM, "--shard_size", "5000", "--out", str(folder)]
+    command = [*PROGRAM, "--shard_size", "5000", "--out", str(folder), *flags.split()]
     done = subprocess.run(command, env=hub_environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     tokens = expected(hub.make_documents())
