@@ -2,12 +2,15 @@
 
     python fineweb.py                                   # 10B tokens of FineWeb-Edu: 100 shards
     python fineweb.py --dataset NAME --out FOLDER       # another data set from Hugging Face
+    python fineweb.py --files my/*.txt --out FOLDER     # your own .txt, .jsonl or .parquet files
 
 A shard is a NumPy file: one row of uint16, 100M tokens long. The last shard holds what is left.
 Shard 0 is for validation. Every document begins with the token <|endoftext|>.
 """
 import argparse
+import codecs
 import functools
+import json
 import multiprocessing as mp
 import os
 import sys
@@ -143,16 +146,27 @@ def parse_arguments(argv):
     parser.add_argument("--dataset", type=expanded, default="HuggingFaceFW/fineweb-edu",
                         help="a data set from Hugging Face")
     parser.add_argument("--name", help="its configuration; sample-10BT for FineWeb-Edu")
+    parser.add_argument("--files", type=expanded, nargs="+",
+                        help="your own .txt, .jsonl or .parquet files; <|endoftext|> in a .txt "
+                        "file ends a document")
     args = parser.parse_args(argv)
 
     if args.dataset == parser.get_default("dataset") and not args.name:
         args.name = "sample-10BT"
+    for path in args.files or []:
+        if os.path.splitext(path)[1] not in READERS:
+            raise UserError(f"--files {path}: its name must end with one of {', '.join(READERS)}")
+        if not os.path.isfile(path):
+            raise UserError(f"--files {path}: there is no such file")
     return args
 
 
 def tokenize_all(args, progress):
     """Write the shards."""
-    documents = read_hub(args)
+    if args.files:
+        documents = read_files(args.files)
+    else:
+        documents = read_hub(args)
     with start_workers(args.workers) as pool:
         results = in_order(pool, tokenize_batch, batches(documents), 2 * args.workers)
         write_shards(results, args, progress)
@@ -173,7 +187,7 @@ def write_shards(results, args, progress):
 def finish(args, progress):
     """Tell what was written. Raises UserError if there is nothing to train on."""
     if progress["tokens"] == 0:
-        source = f"--dataset {args.dataset}"
+        source = f"--files {args.files[0]}" if args.files else f"--dataset {args.dataset}"
         raise UserError(f"{source}: there is no text in it")
     if progress["shards"] < 2:
         raise UserError(f"{progress['tokens']:,} tokens fill only the validation shard in "
@@ -185,6 +199,61 @@ def finish(args, progress):
 # -------------------------------------------------------------------------------------------------
 # Reading documents. A document is (origin, text). origin is its place, for messages, such as
 # "HuggingFaceFW/fineweb-edu, row 3".
+
+
+def read_txt(path):
+    """Yield the documents of a text file: <|endoftext|> separates them.
+
+    A file without <|endoftext|> is one document. Otherwise the line breaks around each document are
+    removed. A document of white space only is left out.
+    """
+    with open(path, "rb") as f:
+        data = f.read()
+    parts = data.removeprefix(codecs.BOM_UTF8).split(END_OF_TEXT.encode())
+    for number, part in enumerate(parts, 1):
+        if len(parts) > 1:
+            part = part.strip(b"\r\n")
+        text = part.decode()
+        if text.strip():
+            yield f"{path}, document {number}", text
+
+
+def read_jsonl(path):
+    """Yield the documents of a file with a JSON object on each line, {"text": ...}."""
+    with open(path, "rb") as f:  # as bytes: each line is decoded by itself
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            text = json.loads(line)["text"]
+            yield f"{path}, line {number}", text
+
+
+def read_parquet(path):
+    """Yield the documents of a parquet file, a table with a column `text`."""
+    import pyarrow.parquet  # slow to import, and only needed here
+
+    number = 0
+    # pyarrow has many kinds of errors for a damaged file.
+    with blame(f"--files {path}", Exception), pyarrow.parquet.ParquetFile(path) as file:
+        columns = file.schema_arrow.names
+        if "text" not in columns:
+            raise UserError(f"--files {path}: it has no column text, only {', '.join(columns)}")
+        for batch in file.iter_batches(batch_size=128, columns=["text"]):
+            for value in batch.column(0):
+                number += 1
+                text = value.as_py()
+                yield f"{path}, row {number}", text
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def read_files(paths):
+    """Yield the documents of local files. Raises UserError if one can't be read."""
+    for path in paths:
+        read = READERS[os.path.splitext(path)[1]]
+        with blame(f"--files {path}"):
+            yield from read(path)
 
 
 def read_hub(args):

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
-# A UserError ends the program with one line.
-from fineweb import UserError, gpt2_encoding
+# A UserError ends the program with one line. blame() turns another error into one.
+from fineweb import UserError, blame, gpt2_encoding, one_line
 
 # -----------------------------------------------------------------------------
 # The model. Shapes: B sequences of T tokens, and C = n_embd numbers for each token.
@@ -265,13 +265,23 @@ def load_text(path):
     """Return (arrays, val) of a text: its tokens, uint16, (n,) each.
 
     path: a text file. arrays: a list with one array, the first 90%. val: the last 10%.
-    Raises UserError.
+    <|endoftext|> in it separates documents. Raises UserError.
     """
     if not os.path.exists(path):
         raise UserError(f"--data {path}: not found in {os.getcwd()}")
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
-    tokens = fineweb.encode(text)
+    if path.endswith((".jsonl", ".parquet")):
+        raise UserError(f"--data {path}: it is no plain text; python fineweb.py --files {path} "
+                        "--out FOLDER makes shards of it, and --data FOLDER trains on them")
+    end_of_text = np.array([gpt2_encoding().eot_token], dtype=np.uint16)
+    parts = []
+    with blame(f"--data {path}"):
+        for origin, text in fineweb.read_txt(path):
+            if parts:
+                parts.append(end_of_text)
+            parts.append(fineweb.encode(text))
+    if not parts:
+        raise UserError(f"--data {path}: there is no text in it")
+    tokens = np.concatenate(parts)
     split = len(tokens) * 9 // 10
     return [tokens[:split]], tokens[split:]
 
@@ -643,7 +653,7 @@ def compile_model(model, wanted, device, dtype):
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
         print0("warning: torch.compile doesn't work here, so a step takes longer, on a GPU much "
-               f"longer: {error}", file=sys.stderr)
+               f"longer: {one_line(error)[:200]}", file=sys.stderr)
         return model
     print0("The model is compiled, so the first update takes a minute.")
     return torch.compile(model)

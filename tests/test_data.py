@@ -39,6 +39,34 @@ def test_a_text_becomes_tokens_in_little_memory():
     assert peak < 5 * os.path.getsize(INPUT)  # a list of numbers would be more than twice that
 
 
+def tokens_of(tmp_path, data):
+    """Return the tokens that data, bytes, become as a text file, and what they stand for."""
+    path = tmp_path / "my.txt"
+    path.write_bytes(data)
+    arrays, val = load_text(str(path))
+    tokens = np.concatenate((*arrays, val))
+    return tokens, gpt2_encoding().decode(tokens.tolist())
+
+
+def test_end_of_text_separates_documents(tmp_path):
+    first = "The quality of mercy is not strained."
+    second = "It droppeth as the gentle rain from heaven."
+    end = "<|endoftext|>"
+    tokens, text = tokens_of(tmp_path, f"{first}\n{end}\n{second}\n{end}\n".encode())
+    assert text == f"{first}{end}{second}"  # between them, without line breaks, and not at the end
+    assert (tokens == 50256).sum() == 1
+
+
+def test_a_text_without_end_of_text_stays_as_it_is(tmp_path):
+    text = "\r\n\n  One line.\r\n\tAnother one, naïve 東京.\n\n" * 3
+    assert tokens_of(tmp_path, text.encode())[1] == text
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    text = "To be, or not to be, that is the question:\n" * 3
+    assert tokens_of(tmp_path, b"\xef\xbb\xbf" + text.encode())[1] == text
+
+
 # -------------------------------------------------------------------------------------------------
 # Batches
 

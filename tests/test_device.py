@@ -1,6 +1,9 @@
 """Where the program runs, and what it finds out about the machine."""
+import os
+
 import pytest
 import torch
+from conftest import flags
 
 import train_gpt2
 from train_gpt2 import (
@@ -113,6 +116,18 @@ def test_a_compiler_that_does_not_work_is_a_warning(compile_for, capsys, kind):
     out, errors = capsys.readouterr()
     assert out == ""
     assert "torch.compile" in errors and "no compiler found" in errors
+    assert errors.count("\n") == 1
+
+
+def test_without_a_compiler_it_trains_all_the_same(run, compiler, tmp_path):
+    (tmp_path / "text.txt").write_text("Neither a borrower nor a lender be. " * 100)
+    nothing = dict(os.environ, PATH=str(tmp_path), CXX="",
+                   TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = run(*flags(max_steps=1, compile=True), env=nothing)
+    assert done.returncode == 0, done.stderr
+    warning, = done.stderr.splitlines()
+    assert "torch.compile" in warning
+    assert "step     0 | loss: " in done.stdout
 
 
 def test_prepare_switches_tf32_on():

@@ -1,7 +1,10 @@
 """fineweb.py, with the real `datasets` and a hub on loopback: what it writes, what it refuses."""
+import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +41,39 @@ def read(folder, shard_size):
     return np.concatenate(shards)
 
 
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps(dict(text=text, n=1)) + "\n" for text in texts))
+
+
+def write_parquet(path, columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+
+
+def make(out, *flags, shard_size=6):
+    """Run fineweb.py in this process, for the files in flags."""
+    fineweb.main(["--out", str(out), "--shard_size", str(shard_size), "--workers", "1", *flags])
+
+
 def run_fineweb(folder, *flags, environment=None):
     """Run fineweb.py in folder; return the finished process."""
     return subprocess.run([*PROGRAM, *flags], cwd=folder, env=environment, capture_output=True,
                           text=True, timeout=100)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in, and threads in place of processes: they start at once."""
+    @contextmanager
+    def threads(count):
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+
+    monkeypatch.setattr(fineweb, "start_workers", threads)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +120,86 @@ def test_a_document_may_be_longer_than_a_shard(tmp_path):
     assert np.array_equal(np.concatenate(shards), np.concatenate(documents))
     assert np.array_equal(read(tmp_path / "whole", 10), np.concatenate(documents))
     assert progress == dict(shards=4, tokens=36)
+
+
+# Local files
+
+
+@pytest.mark.parametrize("content, documents", [
+    (b"", []),
+    (b" \r\n", []),
+    (b"\n\nno separator\r\n", ["\n\nno separator\r\n"]),
+    (b"\xef\xbb\xbfa", ["a"]),
+    (b"a<|endoftext|>b<|endoftext|>", ["a", "b"]),
+    (b"one\ntwo\n<|endoftext|>\n three\r\n<|endoftext|>\n \n<|endoftext|>", ["one\ntwo", " three"]),
+])
+def test_the_documents_of_a_text_file(tmp_path, content, documents):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert [text for _, text in fineweb.read_txt(tmp_path / "a.txt")] == documents
+
+
+def test_local_files_of_all_kinds(folder, capsys):
+    write_parquet(folder / "a.parquet", dict(text=TEXTS))
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    (folder / "a.txt").write_text(TEXTS[2], encoding="utf-8-sig")
+    (folder / "b.txt").write_text("One.\n<|endoftext|>\nTwo.\n", encoding="utf-8")
+    for flags, texts in [
+        (["a.parquet"], TEXTS),
+        (["a.jsonl"], TEXTS),
+        (["a.jsonl", "b.txt", "a.parquet", "a.txt"], [*TEXTS, "One.", "Two.", *TEXTS, TEXTS[2]]),
+    ]:
+        out = f"shards of {len(flags)} files, first {flags[0]}"
+        make(out, "--files", *flags)
+        assert np.array_equal(read(out, 6), expected(texts))
+        assert f"{len(expected(texts)):,} tokens" in capsys.readouterr().out
+
+
+def test_a_file_name_is_not_a_pattern(folder):
+    (folder / "a[1].txt").write_text("the file that is named")
+    (folder / "a1.txt").write_text("another one")
+    make("s", "--files", "a[1].txt", shard_size=3)
+    assert np.array_equal(read("s", 3), expected(["the file that is named"]))
+
+
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    (folder / "home").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / "home" / name).write_text(name)
+    make("~/s", "--files", "~/a.txt", "~/b.txt", shard_size=3)
+    assert np.array_equal(read(folder / "home" / "s", 3), expected(["a.txt", "b.txt"]))
+    assert os.listdir(folder) == ["home"]
+
+
+@pytest.mark.parametrize("flags, names", [
+    ("--workers many", ["--workers", "many"]),
+    ("--files no.txt", ["--files no.txt"]),
+    ("--files folder.txt", ["--files folder.txt"]),
+    ("--files a.docx", ["--files a.docx", ".txt", ".jsonl", ".parquet"]),
+    ("--files b.parquet", ["--files b.parquet", "text", "words", "n"]),
+    ("--files broken.parquet", ["--files broken.parquet"]),
+    ("--files empty.jsonl", ["--files empty.jsonl", "no text"]),
+    ("--files empty.txt", ["--files empty.txt", "no text"]),
+])
+def test_what_cannot_be_done_is_one_line(folder, fails, flags, names):
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    write_parquet(folder / "b.parquet", dict(words=TEXTS, n=[1, 2, 3]))
+    (folder / "broken.parquet").write_bytes(b"PAR1 is how it should begin")
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "folder.txt").mkdir()
+    message = fails(fineweb.main, ["--workers", "1", "--shard_size", "1000", *flags.split()])
+    assert all(name in message for name in names), message
+
+
+def test_too_few_tokens_for_two_shards(folder, fails):
+    """What the message advises works, and touches none of the user's own files."""
+    os.mkdir("s")
+    (folder / "s" / "a.txt").write_text(TEXTS[0])
+    message = fails(make, "s", "--files", "s/a.txt", shard_size=1000)
+    assert "--out" in message and "--shard_size" in message and "remove" not in message
+    make("t", "--files", "s/a.txt", shard_size=6)
+    assert np.array_equal(read("t", 6), expected(TEXTS[:1]))
 
 
 def test_one_line_for_an_error_and_its_cause(fails):
