@@ -1,6 +1,8 @@
 """Turn documents into shards of GPT-2's tokens, for train_gpt2.py to train on.
 
     python fineweb.py                                   # 10B tokens of FineWeb-Edu: 100 shards
+    python fineweb.py --stream                          # the same, but tokenise while downloading
+    python fineweb.py --stream --max_tokens 1000000000  # a tenth of it
     python fineweb.py --dataset NAME --out FOLDER       # another data set from Hugging Face
     python fineweb.py --files my/*.txt --out FOLDER     # your own .txt, .jsonl or .parquet files
 
@@ -149,10 +151,20 @@ def parse_arguments(argv):
     parser.add_argument("--files", type=expanded, nargs="+",
                         help="your own .txt, .jsonl or .parquet files; <|endoftext|> in a .txt "
                         "file ends a document")
+    parser.add_argument("--stream", action="store_true",
+                        help="tokenise while it downloads, and keep no copy")
+    parser.add_argument("--max_tokens", type=int, help="stop after this many tokens")
     args = parser.parse_args(argv)
 
     if args.dataset == parser.get_default("dataset") and not args.name:
         args.name = "sample-10BT"
+    for name in ("shard_size", "workers", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} is not a number above 0")
+    if args.max_tokens is not None and args.max_tokens <= args.shard_size:
+        raise UserError(f"--max_tokens {args.max_tokens} fills only the validation shard; lower "
+                        "--shard_size")
     for path in args.files or []:
         if os.path.splitext(path)[1] not in READERS:
             raise UserError(f"--files {path}: its name must end with one of {', '.join(READERS)}")
@@ -175,11 +187,17 @@ def tokenize_all(args, progress):
 def write_shards(results, args, progress):
     """Write the shards of results: lists of (origin, tokens)."""
     writer = ShardWriter(args.out, args.shard_size, progress)
-    with tqdm(unit=" tokens", unit_scale=True) as bar:
+    limit = args.max_tokens or sys.maxsize
+    seen = 0  # tokens so far
+    with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens) as bar:
         for batch in results:
             for origin, tokens in batch:
+                tokens = tokens[: limit - seen]
+                seen += len(tokens)
                 writer.add(tokens)
                 bar.update(len(tokens))
+            if seen == limit:
+                break
     if writer.filled > 0:
         writer.write()
 
@@ -267,7 +285,7 @@ def read_hub(args):
 
     advice = f"; is the network there, HF_TOKEN right, and room in {HF_HOME} (HF_HOME)?"
     with blame(f"--dataset {args.dataset}", Exception, advice):
-        dataset = load_dataset(args.dataset, args.name, split="train")
+        dataset = load_dataset(args.dataset, args.name, split="train", streaming=args.stream)
         dataset = dataset.select_columns("text")
         number = 0
         for rows in dataset.iter(batch_size=128):

@@ -1,7 +1,7 @@
 """A Hugging Face hub on loopback, of one data set, for `datasets` and its real code.
 
 HF_ENDPOINT=http://127.0.0.1:PORT. It has what load_dataset asks for: the data set's README with its
-configurations, the revision, lists of files, and the files.
+configurations, the revision, lists of files, and the files, whole or in ranges.
 """
 import json
 import os
@@ -90,10 +90,20 @@ class Handler(BaseHTTPRequestHandler):
             self.send(b"", status=404, error="EntryNotFound")
 
     def send(self, body, status=200, etag="x", error=None):
+        total = len(body)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and status == 200:
+            first = int(wanted[1])
+            last = min(int(wanted[2] or total - 1), total - 1)
+            status = 206
+            body = body[first : last + 1]
         self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
         if error:
             self.send_header("X-Error-Code", error)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", SHA)
         self.end_headers()
@@ -114,5 +124,6 @@ def environment(folder):
     server.folder = folder / "hub"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    settings = dict(HF_ENDPOINT=address, HF_HOME=str(folder / "cache"))
+    # Without USE_TORCH `datasets` imports torch for a stream, and doesn't use it.
+    settings = dict(HF_ENDPOINT=address, HF_HOME=str(folder / "cache"), USE_TORCH="0")
     return os.environ | settings

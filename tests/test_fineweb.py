@@ -172,6 +172,7 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, names", [
+    ("--shard_size 0", ["--shard_size 0"]),
     ("--workers many", ["--workers", "many"]),
     ("--files no.txt", ["--files no.txt"]),
     ("--files folder.txt", ["--files folder.txt"]),
@@ -180,6 +181,7 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
     ("--files broken.parquet", ["--files broken.parquet"]),
     ("--files empty.jsonl", ["--files empty.jsonl", "no text"]),
     ("--files empty.txt", ["--files empty.txt", "no text"]),
+    ("--files a.jsonl --max_tokens 100", ["--max_tokens 100", "--shard_size"]),
 ])
 def test_what_cannot_be_done_is_one_line(folder, fails, flags, names):
     write_jsonl(folder / "a.jsonl", TEXTS)
@@ -249,7 +251,25 @@ def test_a_dataset_with_a_loading_script(tmp_path):
     assert "--dataset ./script" in check_hub_error(done)
 
 
-@pytest.mark.parametrize("flags", ["--workers 1", "--workers 2"])
+@pytest.mark.parametrize("max_tokens", [18, 20])
+def test_a_limit(folder, max_tokens):
+    write_jsonl(folder / "a.jsonl", [*TEXTS, *["not used"] * 1000])
+    (folder / "broken.parquet").write_bytes(b"to read it would be an error")
+    flags = ["--files", "a.jsonl", "broken.parquet", "--max_tokens", str(max_tokens)]
+    make("s", *flags)
+    assert np.array_equal(read("s", 6), expected(TEXTS)[:max_tokens])
+
+
+def test_a_stream_keeps_no_copy(hub_environment, tmp_path):
+    environment = hub_environment | dict(HF_HOME=str(tmp_path / "cache"))
+    flags = ["--stream", "--shard_size", "5000", "--max_tokens", "6000", "--out", "s"]
+    done = run_fineweb(tmp_path, *flags, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(read(tmp_path / "s", 5000), expected(hub.make_documents())[:6000])
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("flags", ["--workers 1", "--workers 2", "--stream"])
 def test_the_shards_hold_each_document_in_order(hub_environment, tmp_path, flags):
     folder = tmp_path / "s"
     command = [*PROGRAM, "--shard_size", "5000", "--out", str(folder), *flags.split()]
