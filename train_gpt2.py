@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -261,6 +262,19 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
 # The data
 
 
+def load_data(path):
+    """Return (arrays to train on, an array to validate on): uint16 tokens, (n,) each.
+
+    path: a folder of shards, which stay on disk (memory-mapped), or a text file, of which the first
+    90% and the last 10% are taken. Raises UserError.
+    """
+    if os.path.isdir(path):
+        arrays, val = open_shards(path)
+    else:
+        arrays, val = load_text(path)
+    return arrays, val
+
+
 def load_text(path):
     """Return (arrays, val) of a text: its tokens, uint16, (n,) each.
 
@@ -286,6 +300,39 @@ def load_text(path):
     return [tokens[:split]], tokens[split:]
 
 
+def open_shards(folder):
+    """Return what load_data does, for a folder of shards. Raises UserError when one is missing."""
+    names = [name for name in os.listdir(folder)
+             if re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name)]
+    if len(names) < 2:
+        raise UserError(f"--data {folder}: it holds {len(names)} shards, and a run needs one to "
+                        "train on and one to validate on; python fineweb.py makes them")
+    arrays = []
+    for number in range(len(names)):
+        name = fineweb.shard_name(number)
+        if name not in names:
+            raise UserError(f"--data {folder}: {name} is missing, though there are later ones")
+        arrays.append(open_shard(os.path.join(folder, name)))
+    return arrays[1:], arrays[0]
+
+
+def open_shard(path):
+    """Return the tokens of a shard, (n,) uint16, memory-mapped. Raises UserError."""
+    # NumPy may raise any error for a damaged header.
+    with blame(f"--data {path}: the shard is damaged", Exception):
+        array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype != np.uint16 or array.ndim != 1 or len(array) == 0:
+        raise UserError(f"--data {path}: it holds {array.dtype} of shape {array.shape}, and a "
+                        "shard is one row of uint16")
+    return array
+
+
+def check_ids(tokens):
+    """Raise UserError when tokens, an array, has an id that GPT-2 doesn't know."""
+    if tokens.max() > 50256:  # a GPU would only say that a kernel failed
+        raise UserError(f"--data holds the token {tokens.max()}, and GPT-2's end at 50256")
+
+
 class DataLoaderLite:
     """Cut arrays of tokens, (n,) uint16 each, into rows of T tokens, and hand out B rows at a time.
 
@@ -309,8 +356,8 @@ class DataLoaderLite:
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
         self.rows_per_epoch = sum(self.rows_per_array)
         if self.rows_per_epoch == 0:
-            raise UserError(f"--data has {max(map(len, arrays))} tokens, and a sequence needs "
-                            f"{T + 1}; lower --seq_len")
+            raise UserError(f"--data has {max(map(len, arrays))} tokens in one piece, and a "
+                            f"sequence needs {T + 1}; lower --seq_len, or make larger shards")
 
     def read_row(self, number):
         """Return row `number`, counted over all epochs: T tokens and one more, (T + 1,) uint16."""
@@ -328,6 +375,7 @@ class DataLoaderLite:
         first = self.next_row + self.rank * self.B
         rows = [self.read_row(first + i) for i in range(self.B)]
         tokens = np.stack(rows)  # (B, T + 1)
+        check_ids(tokens)
         tokens = torch.from_numpy(tokens.astype(np.int64))
         x = tokens[:, :-1].contiguous()  # (B, T)
         y = tokens[:, 1:].contiguous()  # (B, T)
@@ -366,7 +414,7 @@ class TrainConfig:
     """The settings of a run. The defaults are those of GPT-2 (124M)."""
 
     model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
-    data: str = setting("input.txt", "a text file")
+    data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
     seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
 
     total_batch_size: int = setting(2**19, "tokens in an update")
@@ -476,7 +524,7 @@ def main(given, device, rank, world):
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
 
     # The data
-    arrays, val = load_text(cfg.data)
+    arrays, val = load_data(cfg.data)
     loader = DataLoaderLite(arrays, B, T, rank, world)
 
     # The recipe
@@ -702,11 +750,18 @@ def choose_config(given, device):
 
     given: {name: value}. device: where the run will be.
     """
-    base = {}
-    is_large = device.type == "cuda"
+    base = dict(data=given.get("data", fineweb.SHARDS))
+    first_shard = os.path.join(fineweb.SHARDS, fineweb.shard_name(1))
+    no_shards = "data" not in given and not os.path.exists(first_shard)
+    if no_shards:
+        base["data"] = "input.txt"
+    # With a GPU and shards: GPT-2 (124M). Otherwise the laptop's model.
+    is_large = device.type == "cuda" and os.path.isdir(base["data"])
     base["model"] = "gpt2" if is_large else "laptop"
     settings = base | given
     preset = settings["model"]
+    if no_shards:
+        print0(f"no shards in {fineweb.SHARDS}, so: the preset {preset} on input.txt")
     return TrainConfig(**(PRESETS[preset] | settings))
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,3 +157,12 @@ def run(tmp_path):
 def compiler(monkeypatch):
     """Let torch.compile compile, in this process and those that it starts."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+
+
+def damaged(data, cuts, flips):
+    """Yield data, bytes, cut at so many places, and with so many bytes flipped, one at a time."""
+    random = np.random.default_rng(0)
+    for length in np.linspace(0, len(data) - 1, cuts, dtype=int):
+        yield data[:length]
+    for place in random.integers(len(data), size=flips):
+        yield data[:place] + bytes([data[place] ^ int(random.integers(1, 256))]) + data[place + 1 :]

@@ -1,17 +1,38 @@
-"""The data: a text, and how it is cut into batches."""
+"""The data: shards, texts, and how they are cut into batches."""
 import os
 import tracemalloc
 
+import hub
 import numpy as np
 import pytest
 import torch
-from conftest import INPUT
+from conftest import INPUT, damaged, losses
 
+import fineweb
+import train_gpt2
 from fineweb import gpt2_encoding
 from train_gpt2 import (
     DataLoaderLite,
+    load_data,
     load_text,
 )
+
+
+def write_shards(folder, documents=300, shard_size=3000):
+    """Write documents as shards into folder. Return the tokens to train on, as one array."""
+    os.mkdir(folder)
+    tokens = np.concatenate([fineweb.tokenize(text) for text in hub.make_documents(documents)])
+    for number, start in enumerate(range(0, len(tokens), shard_size)):
+        fineweb.write_shard(folder, number, tokens[start : start + shard_size])
+    return tokens[shard_size:]
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """Write shards of 3,000 tokens. Return those to train on."""
+    write_shards(tmp_path / "shards")
+    arrays, _ = load_data(tmp_path / "shards")
+    return arrays
 
 
 # -------------------------------------------------------------------------------------------------
@@ -67,6 +88,102 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert tokens_of(tmp_path, b"\xef\xbb\xbf" + text.encode())[1] == text
 
 
+@pytest.mark.parametrize("name, content, words", [
+    ("my.txt", None, ["{folder}"]),
+    ("my.txt", b"", ["no text"]),
+    ("my.txt", b"\n<|endoftext|>\n", ["no text"]),
+    ("my.jsonl", b'{"text": "a"}\n' * 100, ["fineweb.py --files my.jsonl"]),
+    ("my.parquet", b"PAR1" * 100, ["fineweb.py --files my.parquet"]),
+])
+def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, fails, name, content, words):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = fails(load_data, name)
+    for word in (f"--data {name}", *words):
+        assert word.format(folder=tmp_path) in message
+
+
+# -------------------------------------------------------------------------------------------------
+# Shards
+
+
+def test_the_first_shard_is_for_validation(tmp_path):
+    for number, n in enumerate((5, 7, 1, 10)):
+        fineweb.write_shard(tmp_path, number, 100 * number + np.arange(n, dtype=np.uint16))
+    (tmp_path / "my_val_notes_000001.npy").write_bytes(b"not a shard")
+    arrays, val = load_data(tmp_path)
+    assert val.tolist() == [0, 1, 2, 3, 4]
+    expected = [[*range(100, 107)], [200], [*range(300, 310)]]
+    assert [array.tolist() for array in arrays] == expected
+    assert {array.dtype for array in (*arrays, val)} == {np.dtype(np.uint16)}
+
+
+@pytest.mark.parametrize("numbers, missing", [
+    ([], "0 shards"), ([0], "1 shards"), ([1, 2], "edufineweb_val_000000.npy"),
+    ([0, 1, 2, 4], "edufineweb_train_000003.npy"),
+])
+def test_a_shard_is_missing(tmp_path, fails, numbers, missing):
+    for number in numbers:
+        fineweb.write_shard(tmp_path, number, np.arange(5, dtype=np.uint16))
+    message = fails(load_data, tmp_path)
+    assert f"--data {tmp_path}" in message and missing in message
+
+
+def damage(path, way):
+    data = path.read_bytes()
+    if way == "cut":
+        path.write_bytes(data[:-100])
+    elif way == "header":
+        path.write_bytes(data[:50])
+    elif way == "empty":
+        path.write_bytes(b"")
+    elif way == "int32":
+        np.save(path, np.arange(1000, dtype=np.int32))
+    elif way == "2-d":
+        np.save(path, np.zeros((10, 100), dtype=np.uint16))
+    elif way == "objects":
+        np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
+    elif way == "zip":
+        with open(path, "wb") as f:
+            np.savez(f, tokens=np.arange(1000, dtype=np.uint16))
+
+
+@pytest.mark.parametrize("way, word", [
+    ("cut", "damaged"), ("header", "damaged"), ("empty", "damaged"), ("int32", "int32"),
+    ("2-d", "(10, 100)"), ("objects", "damaged"), ("zip", "damaged"),
+])
+def test_a_damaged_shard_is_named(tmp_path, fails, way, word):
+    for number in range(3):
+        fineweb.write_shard(tmp_path, number, np.arange(1000, dtype=np.uint16))
+    path = tmp_path / "edufineweb_train_000002.npy"
+    damage(path, way)
+    message = fails(load_data, tmp_path)
+    assert f"--data {path}" in message and word in message
+
+
+def test_a_damaged_shard_is_refused_or_can_be_read(tmp_path):
+    for number in range(2):
+        fineweb.write_shard(tmp_path, number, np.arange(1000, dtype=np.uint16))
+    path = tmp_path / "edufineweb_train_000001.npy"
+    refused = 0
+    for spoilt in damaged(path.read_bytes()[:128], 10, 100):  # the header
+        path.write_bytes(spoilt + bytes(2000))
+        try:
+            (array,), _ = load_data(tmp_path)
+            array.sum()
+        except fineweb.UserError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 50
+
+
+def test_a_shard_without_tokens(tmp_path, fails):
+    for number, n in enumerate((5, 0, 7)):
+        fineweb.write_shard(tmp_path, number, np.arange(n, dtype=np.uint16))
+    assert "edufineweb_train_000001.npy" in fails(load_data, tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------
 # Batches
 
@@ -116,6 +233,20 @@ def test_rows_wrap_one_by_one_whatever_the_batch(B):
     assert first_tokens(loader, 16 // B) == [0, 8, 16, 24, 32, 40, 48] * 2 + [0, 8]
 
 
+def test_shards_shorter_than_a_sequence_are_named_as_such(arrays, fails):
+    message = fails(DataLoaderLite, arrays, B=1, T=3000)
+    for word in ("3000", "3001", "--data", "--seq_len", "shards"):
+        assert word in message
+    assert DataLoaderLite(arrays, B=1, T=2999).rows_per_epoch == len(arrays) - 1
+
+
+def test_a_token_that_is_none_of_gpt2s(fails):
+    assert DataLoaderLite([np.array([1, 50256], dtype=np.uint16)], B=1, T=1).next_batch()
+    loader = DataLoaderLite([np.array([1, 50257], dtype=np.uint16)], B=1, T=1)
+    message = fails(loader.next_batch)
+    assert "--data" in message and "50257" in message
+
+
 @pytest.mark.parametrize("B, world", [(1, 2), (1, 4), (3, 2)])
 def test_processes_read_what_one_would_in_the_same_order(B, world):
     one = DataLoaderLite(numbered(120), B, 8)
@@ -127,3 +258,62 @@ def test_processes_read_what_one_would_in_the_same_order(B, world):
             assert torch.equal(x, expected_x)
             assert torch.equal(y, expected_y)
         assert {loader.next_row for loader in loaders} == {one.next_row}
+
+
+def read_epochs(loaders, epochs):
+    """Read with all loaders in turn, one row each. Return a list of rows of each epoch, tuples."""
+    rows_per_epoch = loaders[0].rows_per_epoch
+    rows = []
+    while len(rows) < epochs * rows_per_epoch:
+        for loader in loaders:
+            x, y = loader.next_batch()
+            assert torch.equal(x[:, 1:], y[:, :-1])
+            rows += map(tuple, torch.cat((x, y[:, -1:]), dim=1).tolist())
+        assert len({loader.next_row for loader in loaders}) == 1  # nobody drifts
+    return [rows[i * rows_per_epoch : (i + 1) * rows_per_epoch] for i in range(epochs)]
+
+
+def all_rows(arrays, T):
+    """Return all rows of T + 1 tokens that lie within a shard, in their order, as tuples."""
+    rows = []
+    for array in arrays:
+        for start in range(0, len(array) - T, T):
+            rows.append(tuple(array[start : start + T + 1].tolist()))
+    return rows
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_shards_are_read_as_they_stand(arrays, world):
+    assert len(arrays) > 5
+    T = 15  # a shard is 200 T: its last row would lack a target
+    loaders = [DataLoaderLite(arrays, 2, T, rank, world) for rank in range(world)]
+    expected = all_rows(arrays, T)  # no row lies across two shards
+    assert read_epochs(loaders, 2) == [expected, expected]
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_the_laptops_run_is_three_epochs():
+    cfg = train_gpt2.TrainConfig(**train_gpt2.PRESETS["laptop"])
+    arrays, val = load_data(INPUT)
+    loader = DataLoaderLite(arrays, 1, cfg.seq_len)
+    rows = cfg.max_steps * cfg.total_batch_size // cfg.seq_len
+    assert abs(rows - 3 * loader.rows_per_epoch) <= cfg.total_batch_size // cfg.seq_len
+
+
+def test_shards_are_trained_on_where_they_are(train, tmp_path):
+    tokens = write_shards(tmp_path / "edu_fineweb10B")
+    cfg = train_gpt2.choose_config({}, torch.device("cpu"))
+    assert cfg.data == "edu_fineweb10B"
+    _, out = train(data=cfg.data, max_steps=2)
+    assert len(losses(out)) == 2
+    assert f"{len(tokens):,} tokens of edu_fineweb10B" in out
+
+
+def test_a_run_ends_where_a_token_is_none_of_gpt2s(train, fails, tmp_path):
+    write_shards(tmp_path / "shards", documents=60)
+    fineweb.write_shard(tmp_path / "shards", 1, np.full(3000, 50257, dtype=np.uint16))
+    message = fails(train, data="shards", max_steps=1000)
+    assert "--data" in message and "50257" in message

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import flags
 
+import fineweb
 import train_gpt2
 from train_gpt2 import TrainConfig, parse_flags
 
@@ -60,16 +61,25 @@ GPT2 = dict(seq_len=1024, total_batch_size=524288, max_lr=6e-4, weight_decay=0.1
             max_steps=19073, warmup_steps=715)
 
 
-@pytest.mark.parametrize("words, gpu, expected", [
-    ("", False, LAPTOP | dict(model="laptop")),
-    ("", True, GPT2 | dict(model="gpt2")),
-    ("--device cpu", True, LAPTOP | dict(model="laptop")),
-    ("--max_lr 1e-3", True, GPT2 | dict(max_lr=1e-3)),
-    ("--model gpt2", False, GPT2),
-    ("--model gpt2-xl", False, GPT2 | dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537,
-                                           warmup_steps=358)),
+@pytest.mark.parametrize("words, gpu, shards, expected", [
+    ("", False, False, LAPTOP | dict(model="laptop", data="input.txt")),
+    ("", False, True, LAPTOP | dict(model="laptop", data="edu_fineweb10B")),
+    ("", True, False, LAPTOP | dict(model="laptop", data="input.txt")),
+    ("", True, True, GPT2 | dict(model="gpt2", data="edu_fineweb10B")),
+    ("--device cpu", True, True, LAPTOP | dict(model="laptop", data="edu_fineweb10B")),
+    ("--data my.txt", True, True, LAPTOP | dict(model="laptop", data="my.txt")),
+    ("--max_lr 1e-3", True, True, GPT2 | dict(max_lr=1e-3)),
+    ("--model gpt2", False, False, GPT2 | dict(data="input.txt")),
+    ("--model gpt2", False, True, GPT2 | dict(data="edu_fineweb10B")),
+    ("--model gpt2", True, False, GPT2 | dict(data="input.txt")),
+    ("--model gpt2", True, True, GPT2 | dict(data="edu_fineweb10B")),
 ])
-def test_the_settings_of_each_way_to_start(monkeypatch, words, gpu, expected):
+def test_the_settings_of_each_way_to_start(tmp_path, monkeypatch, capsys, words, gpu, shards,
+                                           expected):
+    monkeypatch.chdir(tmp_path)
+    if shards:
+        (tmp_path / "edu_fineweb10B").mkdir()
+        (tmp_path / "edu_fineweb10B" / fineweb.shard_name(1)).touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     given = parse_flags(words.split())
@@ -79,6 +89,11 @@ def test_the_settings_of_each_way_to_start(monkeypatch, words, gpu, expected):
         assert getattr(cfg, name) == value, name
     for name in ("dtype", "compile", "batch_size"):  # the machine decides
         assert getattr(cfg, name) is None
+    # Without the shards it says what it does instead.
+    instead = not shards and "data" not in given
+    out = capsys.readouterr().out
+    assert ("edu_fineweb10B" in out and "input.txt" in out) == instead
+    assert out.count("\n") == instead
 
 
 def test_flags_reach_the_run(small, start, capsys):
@@ -112,6 +127,8 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--data no.txt", ["--data no.txt"]),
     ("--data short.txt", ["--data", "--seq_len"]),
     ("--seq_len 100000 --total_batch_size 200000", ["--data", "--seq_len"]),
+    ("--data folder", ["--data folder", "fineweb.py"]),
+    ("--data my.jsonl", ["--data my.jsonl", "fineweb.py --files my.jsonl"]),
     ("--device cuda", ["--device cuda", "cpu"]),
     ("--device gpu", ["--device gpu", "cuda, mps, cpu", "CUDA_VISIBLE_DEVICES"]),
     ("--device cuda:0", ["--device cuda:0", "cuda, mps, cpu", "CUDA_VISIBLE_DEVICES"]),
@@ -121,6 +138,8 @@ def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, st
     too_late = lambda *args: pytest.fail("it waits for the compiler first")
     monkeypatch.setattr(train_gpt2, "compile_model", too_late)
     (tmp_path / "short.txt").write_text("To be or")
+    (tmp_path / "my.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
     message = fails(start, [*flags(max_steps=3), *words.split()])
     for word in named:

@@ -240,6 +240,6 @@ def test_the_first_lines_of_a_run(train):
         "laptop",
     ):
         assert word in beginning, word
-    train_data, _ = train_gpt2.load_text("text.txt")
+    train_data, _ = train_gpt2.load_data("text.txt")
     loader = train_gpt2.DataLoaderLite(train_data, 2, 16)
     assert f"{tokens / (loader.rows_per_epoch * 16):.2f} epochs" in beginning
