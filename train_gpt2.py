@@ -6,6 +6,7 @@
 """
 import argparse
 import contextlib
+import functools
 import math
 import os
 import re
@@ -333,6 +334,17 @@ def check_ids(tokens):
         raise UserError(f"--data holds the token {tokens.max()}, and GPT-2's end at 50256")
 
 
+@functools.lru_cache(maxsize=4)  # read_row asks for the same few again and again
+def permutation(n, seed, *more_seeds):
+    """Return the numbers from 0 to n - 1, (n,), in an order that comes from the seeds alone.
+
+    With a seed of None they stay as they are.
+    """
+    if seed is None:
+        return np.arange(n)
+    return np.random.default_rng((seed, *more_seeds)).permutation(n)
+
+
 class DataLoaderLite:
     """Cut arrays of tokens, (n,) uint16 each, into rows of T tokens, and hand out B rows at a time.
 
@@ -342,15 +354,17 @@ class DataLoaderLite:
     B rows are a micro-batch: what is computed at once.
     The processes take turns: the first B rows are process 0's, the next B process 1's, and so on.
     So together they read what one process would, in the same order.
+    shuffle_seed: each epoch's order of rows comes from it. With None they stay as they are.
     Raises UserError when there is no row.
     """
 
-    def __init__(self, arrays, B, T, rank=0, world=1):
+    def __init__(self, arrays, B, T, rank=0, world=1, shuffle_seed=None):
         self.arrays = arrays
         self.B = B
         self.T = T
         self.rank = rank
         self.world = world
+        self.shuffle_seed = shuffle_seed
         self.next_row = 0
         # - 1: behind a row there has to be one token more, its last target
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
@@ -361,12 +375,13 @@ class DataLoaderLite:
 
     def read_row(self, number):
         """Return row `number`, counted over all epochs: T tokens and one more, (T + 1,) uint16."""
-        place = number % self.rows_per_epoch  # its place in the epoch
+        epoch, place = divmod(number, self.rows_per_epoch)
         # An epoch goes through one array after another. Which one has this place?
-        for i in range(len(self.arrays)):
+        for i in permutation(len(self.arrays), self.shuffle_seed, epoch).tolist():
             rows = self.rows_per_array[i]
             if place < rows:
-                start = place * self.T
+                order = permutation(rows, self.shuffle_seed, epoch, i)
+                start = int(order[place]) * self.T
                 return self.arrays[i][start : start + self.T + 1]
             place -= rows  # not this one: count from the next one's start
 
@@ -416,6 +431,7 @@ class TrainConfig:
     model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
     data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
     seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
+    shuffle: bool = setting(True, "read the data in a new order in each epoch")
 
     total_batch_size: int = setting(2**19, "tokens in an update")
     seq_len: int = setting(1024, "T, tokens in a sequence")
@@ -525,7 +541,8 @@ def main(given, device, rank, world):
 
     # The data
     arrays, val = load_data(cfg.data)
-    loader = DataLoaderLite(arrays, B, T, rank, world)
+    shuffle_seed = cfg.seed if cfg.shuffle else None
+    loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed)
 
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)

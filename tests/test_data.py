@@ -248,9 +248,10 @@ def test_a_token_that_is_none_of_gpt2s(fails):
 
 
 @pytest.mark.parametrize("B, world", [(1, 2), (1, 4), (3, 2)])
-def test_processes_read_what_one_would_in_the_same_order(B, world):
-    one = DataLoaderLite(numbered(120), B, 8)
-    loaders = [DataLoaderLite(numbered(120), B, 8, rank, world) for rank in range(world)]
+@pytest.mark.parametrize("seed", [None, 7])
+def test_processes_read_what_one_would_in_the_same_order(B, world, seed):
+    one = DataLoaderLite(numbered(120), B, 8, shuffle_seed=seed)
+    loaders = [DataLoaderLite(numbered(120), B, 8, rank, world, seed) for rank in range(world)]
     for _ in range(40 // world):  # several epochs
         for loader in loaders:
             x, y = loader.next_batch()
@@ -258,6 +259,23 @@ def test_processes_read_what_one_would_in_the_same_order(B, world):
             assert torch.equal(x, expected_x)
             assert torch.equal(y, expected_y)
         assert {loader.next_row for loader in loaders} == {one.next_row}
+
+
+def test_a_process_reads_no_row_of_another(arrays, monkeypatch):
+    rows = {}
+    read_row = DataLoaderLite.read_row
+
+    def watched(loader, number):
+        rows[loader.rank].append(number)
+        return read_row(loader, number)
+
+    monkeypatch.setattr(DataLoaderLite, "read_row", watched)
+    for rank in range(4):
+        rows[rank] = []
+        loader = DataLoaderLite(arrays, 2, 15, rank, world=4, shuffle_seed=7)
+        loader.next_batch()
+        loader.next_batch()
+    assert rows == {rank: [2 * rank, 2 * rank + 1, 2 * rank + 8, 2 * rank + 9] for rank in range(4)}
 
 
 def read_epochs(loaders, epochs):
@@ -283,12 +301,55 @@ def all_rows(arrays, T):
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_shards_are_read_as_they_stand(arrays, world):
+def test_without_a_seed_shards_are_read_as_they_stand(arrays, world):
     assert len(arrays) > 5
     T = 15  # a shard is 200 T: its last row would lack a target
     loaders = [DataLoaderLite(arrays, 2, T, rank, world) for rank in range(world)]
     expected = all_rows(arrays, T)  # no row lies across two shards
     assert read_epochs(loaders, 2) == [expected, expected]
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_shuffled_epochs(arrays, world):
+    T = 15
+    loaders = [DataLoaderLite(arrays, 2, T, rank, world, shuffle_seed=7) for rank in range(world)]
+    expected = all_rows(arrays, T)
+    first, second = read_epochs(loaders, 2)
+    assert sorted(first) == sorted(second) == sorted(expected)  # each row once in an epoch
+    assert first != second and expected not in (first, second)
+    (other,) = read_epochs([DataLoaderLite(arrays, 2, T, shuffle_seed=8)], 1)
+    assert other != first
+
+
+def test_one_shard_is_read_after_another():
+    # the tokens of shard i are 1000 i .. 1000 i + 100
+    arrays = [np.arange(1000 * i, 1000 * i + 101, dtype=np.uint16) for i in range(6)]
+    loader = DataLoaderLite(arrays, B=60, T=10, shuffle_seed=7)
+    orders = []
+    places_of_shard_0 = set()
+    for _ in range(3):
+        starts = np.array(first_tokens(loader, 1))
+        shards = (starts // 1000).tolist()
+        order = list(dict.fromkeys(shards))
+        assert shards == [shard for shard in order for _ in range(10)]
+        within = [starts[10 * i : 10 * i + 10] % 1000 for i in range(6)]
+        assert len({tuple(places) for places in within}) == 6  # each in an order of its own
+        places_of_shard_0.add(tuple(starts[starts < 1000]))
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    assert len(places_of_shard_0) == 3
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_from_any_row_it_goes_on_there(arrays, seed):
+    loader = DataLoaderLite(arrays, 2, 15, shuffle_seed=seed)
+    batches = [loader.next_batch() for _ in range(loader.rows_per_epoch)]  # two epochs
+    for place in (1, 77, loader.rows_per_epoch // 2, len(batches) - 1):
+        again = DataLoaderLite(arrays, 2, 15, shuffle_seed=seed)
+        again.next_row = place * 2
+        x, y = again.next_batch()
+        assert torch.equal(x, batches[place][0])
+        assert torch.equal(y, batches[place][1])
 
 
 # -------------------------------------------------------------------------------------------------
