@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
 
 import fineweb
 # A UserError ends the program with one line. blame() turns another error into one.
@@ -273,6 +274,8 @@ def load_data(path):
         arrays, val = open_shards(path)
     else:
         arrays, val = load_text(path)
+    if len(val) < 2:
+        raise UserError(f"--data {path}: its text is too short to validate on")
     return arrays, val
 
 
@@ -442,6 +445,9 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "AdamW's decay of the matrices", zero_ok=True)
     grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this norm")
 
+    eval_interval: int = setting(250, "updates between validation losses; 0: none", zero_ok=True)
+    val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
+
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
     dtype: str = setting(None, "the type for matrix products", choices=("bfloat16", "float32"))
@@ -458,6 +464,8 @@ PRESETS = {
         warmup_steps=300,
         max_lr=6e-3,
         weight_decay=0.8,  # this, the rate and the warm-up were found by trying
+        eval_interval=170,
+        val_tokens=2**17,
     ),
     "gpt2": dict(),
     "gpt2-medium": dict(max_lr=3e-4),
@@ -498,6 +506,34 @@ def configure_optimizer(model, weight_decay, lr):
     ]
     # The betas are GPT-3's. fused: the whole update takes very few kernels.
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, B, T, rank=0, world=1):
+    """Return the mean loss of tokens[1:], in nats per token, each token scored once.
+
+    tokens: (n,) uint16. They are cut into rows of T, and batches of B rows. The processes take
+    turns with the batches, so the result is the same, up to rounding, for any number of them.
+    GPT has no dropout (random zeros while it trains), so model.eval() would change nothing.
+    """
+    device = next(model.parameters()).device
+    batch = B * T  # tokens
+    starts = range(rank * batch, len(tokens) - 1, world * batch)
+    total = 0.0
+    hide = None if rank == 0 else True  # tqdm: None shows a bar on a terminal only
+    for start in tqdm(starts, desc="validation", leave=False, disable=hide):
+        part = torch.from_numpy(tokens[start : start + batch + 1].astype(np.int64))
+        count = len(part) - 1  # less in the last batch
+        padding = batch - count
+        x = F.pad(part[:-1], (0, padding)).view(B, T)
+        y = F.pad(part[1:], (0, padding), value=-100).view(B, T)  # -100: not scored
+        loss = model(x.to(device), y.to(device))[1]  # only the loss
+        total += loss.item() * count
+    if world > 1:
+        sums = torch.tensor(total, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        total = sums.item()
+    return total / (len(tokens) - 1)
 
 
 # -----------------------------------------------------------------------------
@@ -541,6 +577,8 @@ def main(given, device, rank, world):
 
     # The data
     arrays, val = load_data(cfg.data)
+    val_tokens = val[: cfg.val_tokens + 1]  # + 1: nothing predicts the first one
+    check_ids(val_tokens)
     shuffle_seed = cfg.seed if cfg.shuffle else None
     loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed)
 
@@ -556,7 +594,17 @@ def main(given, device, rank, world):
     print_plan(cfg, model, loader, device, dtype)
 
     x, y = fetch_batch(loader, device)
-    for step in range(cfg.max_steps):
+    for step in range(cfg.max_steps + 1):  # `step` updates are done
+        last_step = step == cfg.max_steps
+
+        if is_due(cfg.eval_interval, step, last_step):
+            with autocast(device, dtype):
+                val_loss = evaluate(model, val_tokens, B, T, rank, world)
+            print0(f"step {step:5d} | val loss: {val_loss:.6f}")
+
+        if last_step:
+            break
+
         # One update: the gradient of the mean loss over all micro-batches
         t0 = time.perf_counter()
         lr = get_lr(step, cfg)
@@ -592,6 +640,14 @@ def main(given, device, rank, world):
     for text in sample(model, "Hello, I'm a language model,"):
         print0(">", text)
     return model
+
+
+def is_due(interval, step, last_step):
+    """Return whether it is time: after 0, interval, 2 * interval, ... updates, and at the end.
+
+    An interval of 0 means never.
+    """
+    return interval > 0 and (step % interval == 0 or last_step)
 
 
 def build_model(cfg):

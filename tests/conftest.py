@@ -82,6 +82,7 @@ SMALL = dict(
     weight_decay=0.1,
     dtype="float32",
     device="cpu",
+    eval_interval=0,
 )
 
 
@@ -99,6 +100,11 @@ def flags(**settings):
 def losses(out):
     """Return the training losses that a run printed, as text."""
     return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
+
+
+def val_losses(out):
+    """Return the validation losses that a run printed, as text."""
+    return re.findall(r"^step +\d+ \| val loss: (\S+)", out, re.M)
 
 
 @pytest.fixture

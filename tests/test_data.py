@@ -92,6 +92,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     ("my.txt", None, ["{folder}"]),
     ("my.txt", b"", ["no text"]),
     ("my.txt", b"\n<|endoftext|>\n", ["no text"]),
+    ("my.txt", b"Words.", ["too short"]),
     ("my.jsonl", b'{"text": "a"}\n' * 100, ["fineweb.py --files my.jsonl"]),
     ("my.parquet", b"PAR1" * 100, ["fineweb.py --files my.parquet"]),
 ])
@@ -362,6 +363,8 @@ def test_the_laptops_run_is_three_epochs():
     loader = DataLoaderLite(arrays, 1, cfg.seq_len)
     rows = cfg.max_steps * cfg.total_batch_size // cfg.seq_len
     assert abs(rows - 3 * loader.rows_per_epoch) <= cfg.total_batch_size // cfg.seq_len
+    assert cfg.val_tokens >= len(val) - 1
+    assert cfg.max_steps % cfg.eval_interval == 0
 
 
 def test_shards_are_trained_on_where_they_are(train, tmp_path):
@@ -373,8 +376,9 @@ def test_shards_are_trained_on_where_they_are(train, tmp_path):
     assert f"{len(tokens):,} tokens of edu_fineweb10B" in out
 
 
-def test_a_run_ends_where_a_token_is_none_of_gpt2s(train, fails, tmp_path):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_ends_where_a_token_is_none_of_gpt2s(train, fails, tmp_path, number):
     write_shards(tmp_path / "shards", documents=60)
-    fineweb.write_shard(tmp_path / "shards", 1, np.full(3000, 50257, dtype=np.uint16))
+    fineweb.write_shard(tmp_path / "shards", number, np.full(3000, 50257, dtype=np.uint16))
     message = fails(train, data="shards", max_steps=1000)
     assert "--data" in message and "50257" in message

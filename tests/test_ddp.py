@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import INPUT, ROOT, flags, losses
+from conftest import INPUT, ROOT, flags, losses, val_losses
 
 SETTINGS = dict(data=INPUT, seq_len=128, total_batch_size=512, max_steps=8, max_lr=3e-3,
-                warmup_steps=2)
+                warmup_steps=2, eval_interval=4, val_tokens=1000)
 PROBE = """
 import os, torch, train_gpt2
 train_gpt2.MODEL_SIZES["laptop"] = dict(n_layer=2, n_head=2, n_embd=32)
@@ -54,6 +54,9 @@ def test_two_processes_train_like_one(start, tmp_path):
     assert not failed, together
     assert len(losses(together)) == 8  # printed once, not by both
     assert difference(losses(alone), losses(together)) < 1e-4
+    # After 0 updates the weights are equal, and so is the loss, whoever computed which batch.
+    assert val_losses(alone)[0] == val_losses(together)[0]
+    assert difference(val_losses(alone), val_losses(together)) < 1e-4
 
     first, second, lone = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in (0, 1, "alone"))
     for name in lone:
