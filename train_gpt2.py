@@ -536,6 +536,17 @@ def evaluate(model, tokens, B, T, rank=0, world=1):
     return total / (len(tokens) - 1)
 
 
+def mean_token_bytes(tokens):
+    """Return the mean length of tokens, (n,) uint16, in bytes of text.
+
+    <|endoftext|> stands for no text, so it counts as 0 bytes.
+    """
+    encoding = gpt2_encoding()
+    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(50257)]
+    lengths[encoding.eot_token] = 0
+    return np.array(lengths)[tokens].mean()
+
+
 # -----------------------------------------------------------------------------
 # The run
 
@@ -579,6 +590,7 @@ def main(given, device, rank, world):
     arrays, val = load_data(cfg.data)
     val_tokens = val[: cfg.val_tokens + 1]  # + 1: nothing predicts the first one
     check_ids(val_tokens)
+    token_bytes = mean_token_bytes(val_tokens[1:])
     shuffle_seed = cfg.seed if cfg.shuffle else None
     loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed)
 
@@ -600,7 +612,7 @@ def main(given, device, rank, world):
         if is_due(cfg.eval_interval, step, last_step):
             with autocast(device, dtype):
                 val_loss = evaluate(model, val_tokens, B, T, rank, world)
-            print0(f"step {step:5d} | val loss: {val_loss:.6f}")
+            print0(validation_line(step, val_loss, token_bytes))
 
         if last_step:
             break
@@ -682,6 +694,14 @@ def print_plan(cfg, model, loader, device, dtype):
     print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
            "process.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
+
+
+def validation_line(step, loss, token_bytes):
+    """Return what to print of a validation loss, in nats per token."""
+    line = f"step {step:5d} | val loss: {loss:.6f}"
+    if token_bytes > 0:  # there is a text
+        line += f" | bits per byte: {loss / math.log(2) / token_bytes:.4f}"
+    return line
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The data: shards, texts, and how they are cut into batches."""
 import os
+import re
 import tracemalloc
 
 import hub
@@ -382,3 +383,13 @@ def test_a_run_ends_where_a_token_is_none_of_gpt2s(train, fails, tmp_path, numbe
     fineweb.write_shard(tmp_path / "shards", number, np.full(3000, 50257, dtype=np.uint16))
     message = fails(train, data="shards", max_steps=1000)
     assert "--data" in message and "50257" in message
+
+
+def test_shards_that_are_short_or_hold_no_text(train, fails, tmp_path):
+    write_shards(tmp_path / "shards")
+    fineweb.write_shard(tmp_path / "shards", 0, np.array([50256], dtype=np.uint16))
+    assert "--data shards" in fails(train, data="shards")
+    fineweb.write_shard(tmp_path / "shards", 0, np.array([50256, 50256], dtype=np.uint16))
+    _, out = train(data="shards", eval_interval=1, max_steps=1)
+    line = re.search(r"val loss: \d.*", out)[0]
+    assert "inf" not in line and "nan" not in line and "per byte" not in line

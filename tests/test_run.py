@@ -1,4 +1,7 @@
 """What a run does beside training: evaluations."""
+import math
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 import torch
 from conftest import SHAPE, val_losses
 
+import fineweb
 from fineweb import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig, evaluate
 
@@ -42,6 +46,47 @@ def test_validation_on_less_than_a_row():
     tokens = np.array([464, 3290, 318], dtype=np.uint16)
     _, loss = model(torch.tensor([[464, 3290]]), torch.tensor([[3290, 318]]))
     assert evaluate(model, tokens, 2, 16) == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_bits_per_byte(train):
+    model, out = train(eval_interval=4)
+    pattern = r"^step +(\d+) \| val loss: (\d+\.\d{6}) \| bits per byte: (\d+\.\d{4})$"
+    found = re.findall(pattern, out, re.M)
+    assert [int(step) for step, _, _ in found] == [0, 4, 6]  # and after the last update
+    _, val = text_tokens()
+    size = len(gpt2_encoding().decode_bytes(val[1:].tolist()))
+    assert size > 1500
+    for _, loss, bits in found:
+        expected = float(loss) / math.log(2) * (len(val) - 1) / size
+        assert float(bits) == pytest.approx(expected, abs=1e-4)
+    assert float(found[2][1]) == pytest.approx(evaluate(model, val, 7, 16), abs=1e-5)
+    assert float(found[2][1]) < float(found[0][1]) - 0.2
+
+
+def test_end_of_text_has_no_bytes(train):
+    os.mkdir("shards")
+    document = [50256, 464, 3290, 50256, 464, 3797]  # The dog, The cat
+    for number in range(2):
+        fineweb.write_shard("shards", number, np.array(document * 50, dtype=np.uint16))
+    _, out = train(data="shards", eval_interval=1, max_steps=1)
+    loss, bits = re.search(r"val loss: (\S+) \| bits per byte: (\S+)", out).groups()
+    size = 50 * len("The dogThe cat")
+    assert float(bits) == pytest.approx(float(loss) / math.log(2) * 299 / size, abs=1e-4)
+
+
+def test_a_validation_shard_without_text_has_no_bits_per_byte(train):
+    os.mkdir("shards")
+    fineweb.write_shard("shards", 0, np.full(100, 50256, dtype=np.uint16))
+    fineweb.write_shard("shards", 1, np.arange(500, dtype=np.uint16))
+    _, out = train(data="shards", eval_interval=1, max_steps=1)
+    assert len(val_losses(out)) == 2 and "bits per byte" not in out
+
+
+def test_a_validation_shard_of_one_token_is_refused(train, fails):
+    os.mkdir("shards")
+    fineweb.write_shard("shards", 0, np.array([50256], dtype=np.uint16))
+    fineweb.write_shard("shards", 1, np.arange(500, dtype=np.uint16))
+    assert "--data shards" in fails(train, data="shards")
 
 
 def test_val_tokens_limits_the_measurement(train):
