@@ -447,6 +447,7 @@ class TrainConfig:
 
     eval_interval: int = setting(250, "updates between validation losses; 0: none", zero_ok=True)
     val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
+    sample_interval: int = setting(250, "updates between samples; 0: none", zero_ok=True)
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
@@ -466,6 +467,7 @@ PRESETS = {
         weight_decay=0.8,  # this, the rate and the warm-up were found by trying
         eval_interval=170,
         val_tokens=2**17,
+        sample_interval=170,
     ),
     "gpt2": dict(),
     "gpt2-medium": dict(max_lr=3e-4),
@@ -614,6 +616,10 @@ def main(given, device, rank, world):
                 val_loss = evaluate(model, val_tokens, B, T, rank, world)
             print0(validation_line(step, val_loss, token_bytes))
 
+        if rank == 0 and is_due(cfg.sample_interval, step, last_step):
+            for text in sample(model, "Hello, I'm a language model,"):
+                print0(">", text)
+
         if last_step:
             break
 
@@ -649,8 +655,6 @@ def main(given, device, rank, world):
         line += f" | lr {lr:.4e} | norm: {norm:.4f}"
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
         print0(line)
-    for text in sample(model, "Hello, I'm a language model,"):
-        print0(">", text)
     return model
 
 

@@ -83,6 +83,7 @@ SMALL = dict(
     dtype="float32",
     device="cpu",
     eval_interval=0,
+    sample_interval=0,
 )
 
 

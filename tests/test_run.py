@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, val_losses
+from conftest import SHAPE, losses, val_losses
 
 import fineweb
+import train_gpt2
 from fineweb import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig, evaluate
 
@@ -19,6 +20,12 @@ def text_tokens():
     tokens = gpt2_encoding().encode_ordinary(Path("text.txt").read_text(encoding="utf-8"))
     split = len(tokens) * 9 // 10
     return np.array(tokens[:split]), np.array(tokens[split:])
+
+
+def same(model, other):
+    """Tell whether two models have the same weights, to the last bit."""
+    pairs = zip(model.parameters(), other.parameters())
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 # -----------------------------------------------------------------------------
@@ -93,3 +100,17 @@ def test_val_tokens_limits_the_measurement(train):
     model, out = train(eval_interval=6, val_tokens=50)
     _, val = text_tokens()
     assert val_losses(out)[-1] == f"{evaluate(model, val[:51], 2, 16):.6f}"
+
+
+def test_evaluations_change_nothing(train):
+    model, out = train()
+    intervals = dict(eval_interval=1, sample_interval=4)
+    other, with_all = train(**intervals)
+    assert same(model, other)
+    assert losses(with_all) == losses(out) and len(losses(out)) == 6
+    assert len(val_losses(with_all)) == 7
+
+    texts = train_gpt2.sample(model, "Hello, I'm a language model,")
+    assert len(set(texts)) == 4
+    assert with_all.endswith("".join(f"> {text}\n" for text in texts))
+    assert with_all.count("\n> Hello, I'm a language model,") == 12  # at 0, 4 and 6
