@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUT = str(ROOT / "input.txt")
+EXAMPLES = str(ROOT / "tests" / "hellaswag.jsonl")  # 200 in HellaSwag's format, of input.txt's lines
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the compiler; tests that are about it turn it on
 
