@@ -17,14 +17,33 @@ written by a program.
 A language model can't be asked to choose, but it gives a probability to every text. So it reads the
 context four times, each time with another ending. Its answer is the ending whose tokens it finds
 likeliest on average.
+The four texts are the rows of a tensor. Here are rows 0 and 1, with their words above them:
+
+            A young man  sits  on   a  bed  . the man then wipes his  face       .
+    tokens 32  1862 582 10718 319 257 3996 13 262 582  788 46142 465  1986      13   0      0  0
+    mask    0     0   0     0   0   0    0  0   0   0    1     1   1     1       1   0      0  0
+
+            A young man  sits  on   a  bed  . the man gets    up and walks towards the camera  .
+    tokens 32  1862 582 10718 319 257 3996 13 262 582 3011   510 290 11114    3371 262   4676 13
+    mask    0     0   0     0   0   0    0  0   0   0    1     1   1     1       1   1      1  1
+
+- The mask is 1 at the tokens of the ending. Only they count.
+- 788 is " then". A word's token includes the space in front of the word.
+- Row 0 is shorter than row 1, so three zeros fill it up. They change nothing: they stand on the
+  right, and a GPT never looks to the right.
+- What a GPT computes at one position predicts the token at the next. The ending of row 0 stands at
+  positions 10 to 14, so the positions 9 to 13 predict it.
 """
 import hashlib
 import http.client
 import json
 import os
 import urllib.request
+from dataclasses import dataclass
 
-from fineweb import UserError, blame, one_line
+import torch
+
+from fineweb import UserError, blame, gpt2_encoding, one_line
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
@@ -85,3 +104,45 @@ def read_examples(path):
     if not examples:
         raise UserError(f"{path} is empty")
     return examples
+
+
+# -------------------------------------------------------------------------------------------------
+# From text to tokens
+
+
+@dataclass
+class Rendered:
+    """An example in the form in which a model reads it: row i is the context and ending i."""
+
+    tokens: torch.Tensor  # (4, T) int64
+    mask: torch.Tensor  # (4, T) int64, 1 at the tokens of the ending
+    label: int  # the number of the right ending
+
+
+def render(example):
+    """Return an example, a dict, as a Rendered. The top of this file shows its rows."""
+    encoding = gpt2_encoding()
+    context = encoding.encode_ordinary(example["ctx"])
+    endings = [encoding.encode_ordinary(" " + ending) for ending in example["endings"]]
+    T = len(context) + max(len(ending) for ending in endings)
+    tokens = torch.zeros(4, T, dtype=torch.int64)
+    mask = torch.zeros(4, T, dtype=torch.int64)
+    start = len(context)
+    for i, ending in enumerate(endings):
+        end = start + len(ending)
+        tokens[i, :end] = torch.tensor(context + ending)
+        mask[i, start:end] = 1
+    return Rendered(tokens, mask, example["label"])
+
+
+def render_all(examples, block_size):
+    """Return a Rendered for each of the examples, a list.
+
+    Raises UserError when one of them is longer than block_size, what the model can read.
+    """
+    rendered = [render(example) for example in examples]
+    longest = max(example.tokens.shape[1] for example in rendered)
+    if longest > block_size:
+        message = f"HellaSwag's longest example has {longest} tokens, the model reads {block_size}"
+        raise UserError(message)
+    return rendered

@@ -1,15 +1,19 @@
 """hellaswag.py: downloads from a server that has faults."""
 import hashlib
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from conftest import EXAMPLES, damaged
 
 import fineweb
 import hellaswag
+from fineweb import gpt2_encoding
 
+N = 50  # as many of EXAMPLES are scored
 FILE = b'{"ind": 24, "ctx": "A man"}\n' * 1000
 SHA256 = hashlib.sha256(FILE).hexdigest()
 
@@ -119,3 +123,52 @@ def test_a_line_that_is_no_example(tmp_path, fails, line):
     good = '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 3}\n'
     (tmp_path / "a.jsonl").write_text(good + line + "\n" + good, encoding="latin-1")
     assert "a.jsonl, line 2" in fails(hellaswag.read_examples, str(tmp_path / "a.jsonl"))
+
+
+# -------------------------------------------------------------------------------------------------
+# From text to tokens
+
+
+def test_the_rows_at_the_top_of_the_file():
+    endings = ["then wipes his face.", "gets up and walks towards the camera.",
+               "lifts a shoe to his mouth.", "starts playing an acoustic guitar."]
+    example = dict(ctx="A young man sits on a bed. the man", endings=endings, label=3)
+    for text in [example["ctx"], *endings]:
+        assert f'"{text}"' in hellaswag.__doc__
+    rendered = hellaswag.render(example)
+    tokens, mask = rendered.tokens, rendered.mask
+    assert tokens.shape == mask.shape == (4, 18)
+    assert tokens.dtype == mask.dtype == torch.int64
+    shown = re.findall(r"^    (tokens|mask) +([\d ]+)$", hellaswag.__doc__, re.M)
+    assert [(name, [int(n) for n in numbers.split()]) for name, numbers in shown] == [
+        ("tokens", tokens[0].tolist()), ("mask", mask[0].tolist()),
+        ("tokens", tokens[1].tolist()), ("mask", mask[1].tolist()),
+    ]
+
+
+def test_a_row_is_the_context_and_an_ending():
+    endings = ["He runs.", "He stops and looks around for a while.", "No.", "Yes."]
+    rendered = hellaswag.render(dict(ctx="A man walks.", endings=endings, label=1))
+    assert rendered.label == 1
+    assert rendered.mask.sum(dim=1).tolist() == [3, 9, 2, 2]
+    encoding = gpt2_encoding()
+    for tokens, mask, ending in zip(rendered.tokens, rendered.mask, endings):
+        ending_tokens = tokens[mask == 1].tolist()
+        length = 4 + len(ending_tokens)
+        assert encoding.decode(ending_tokens) == " " + ending
+        assert encoding.decode(tokens[:length].tolist()) == "A man walks. " + ending
+        assert tokens[length:].sum() == 0
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """Return the first N examples, rendered."""
+    return hellaswag.render_all(hellaswag.read_examples(EXAMPLES)[:N], 1024)
+
+
+def test_an_example_that_is_too_long(rendered, fails):
+    examples = hellaswag.read_examples(EXAMPLES)[:N]
+    longest = max(example.tokens.shape[1] for example in rendered)
+    assert len(hellaswag.render_all(examples, longest)) == N
+    message = fails(hellaswag.render_all, examples, longest - 1)
+    assert str(longest) in message
