@@ -42,6 +42,8 @@ import urllib.request
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 from fineweb import UserError, blame, gpt2_encoding, one_line
 
@@ -146,3 +148,53 @@ def render_all(examples, block_size):
         message = f"HellaSwag's longest example has {longest} tokens, the model reads {block_size}"
         raise UserError(message)
     return rendered
+
+
+# -------------------------------------------------------------------------------------------------
+# From tokens to answers
+
+
+def score(model, tokens, mask):
+    """Return the loss of each row's ending, in nats: (B,). A lower loss is a likelier ending.
+
+    The loss of an ending is the sum of its tokens' losses: minus the log of its probability.
+    tokens, mask: (B, T) int64 each.
+    """
+    # The vector at position t predicts the token at t + 1. So we leave out the last vector, and the
+    # first token.
+    x = model.hidden(tokens)[:, :-1]  # (B, T - 1, C)
+    targets = tokens[:, 1:]  # (B, T - 1)
+    is_ending = mask[:, 1:] == 1  # (B, T - 1)
+    # lm_head is a large part of the work, so it gets only the n vectors that predict a token of an
+    # ending. x[is_ending] puts them in a row.
+    logits = model.lm_head(x[is_ending])  # (n, vocab_size)
+    token_losses = F.cross_entropy(logits, targets[is_ending], reduction="none")  # (n,)
+    losses = torch.zeros(targets.shape, device=tokens.device)  # (B, T - 1)
+    losses[is_ending] = token_losses
+    return losses.sum(dim=1)  # (B,)
+
+
+@torch.no_grad()
+def ending_losses(model, examples, show_bar=False):
+    """Return the mean loss per token of the four endings of each example, in nats: (N, 4).
+
+    examples: N of them, Rendered. show_bar: show a bar, if standard error is a terminal.
+    """
+    device = next(model.parameters()).device
+    losses = torch.empty(len(examples), 4)
+    hide = None if show_bar else True  # tqdm: None shows a bar on a terminal only
+    with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=hide) as bar:
+        for i, example in enumerate(examples):
+            tokens = example.tokens
+            mask = example.mask
+            row_losses = score(model, tokens.to(device), mask.to(device)).cpu()  # (4,)
+            losses[i] = row_losses / mask.sum(dim=1)
+            bar.update(1)
+    return losses
+
+
+def count_lowest(losses, examples):
+    """Return for how many examples the right ending has the lowest of the losses, (N, 4)."""
+    labels = torch.tensor([example.label for example in examples])  # (N,)
+    answers = losses.argmin(dim=1)  # (N,)
+    return int((answers == labels).sum())

@@ -1,16 +1,18 @@
-"""hellaswag.py: downloads from a server that has faults."""
+"""hellaswag.py: downloads from a server that has faults, scores against Hugging Face's model."""
 import hashlib
 import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import offline
 import pytest
 import torch
 from conftest import EXAMPLES, damaged
 
 import fineweb
 import hellaswag
+import train_gpt2
 from fineweb import gpt2_encoding
 
 N = 50  # as many of EXAMPLES are scored
@@ -160,10 +162,83 @@ def test_a_row_is_the_context_and_an_ending():
         assert tokens[length:].sum() == 0
 
 
+# -------------------------------------------------------------------------------------------------
+# From tokens to answers
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """Return a folder with a small random GPT-2 in Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    offline.save_random_gpt2(folder, n_layer=2, n_head=2, n_embd=32, n_positions=256)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return train_gpt2.GPT.from_pretrained(model_folder)
+
+
 @pytest.fixture(scope="module")
 def rendered():
     """Return the first N examples, rendered."""
     return hellaswag.render_all(hellaswag.read_examples(EXAMPLES)[:N], 1024)
+
+
+@pytest.fixture(scope="module")
+def our_losses(model, rendered):
+    """Return the mean loss per token of each ending: (N, 4)."""
+    return hellaswag.ending_losses(model, rendered)
+
+
+@pytest.fixture(scope="module")
+def their_losses(model_folder):
+    """Return the losses by Hugging Face's GPT-2, which reads one row at a time: (3, N, 4).
+
+    They are those of whole endings, by token and by character.
+    """
+    from transformers import GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel.from_pretrained(model_folder).eval()
+    encoding = gpt2_encoding()
+    result = torch.empty(3, N, 4)
+    for number, example in enumerate(hellaswag.read_examples(EXAMPLES)[:N]):
+        context = encoding.encode_ordinary(example["ctx"])
+        for row, ending in enumerate(example["endings"]):
+            tokens = encoding.encode_ordinary(" " + ending)
+            n = len(tokens)
+            with torch.no_grad():
+                output = theirs(torch.tensor([context + tokens]), logits_to_keep=n + 1)
+            log_probabilities = output.logits[0, :-1].log_softmax(dim=-1)  # (n, vocab_size)
+            cost = -sum(float(log_probabilities[i, token]) for i, token in enumerate(tokens))
+            result[:, number, row] = torch.tensor([cost, cost / n, cost / len(ending)])
+    return result
+
+
+def test_every_loss_is_hugging_faces(model, our_losses, their_losses, rendered):
+    whole, by_token, _ = their_losses
+    assert our_losses.dtype == torch.float32
+    assert torch.allclose(our_losses, by_token, rtol=1e-6, atol=1e-4)
+    for number in range(0, N, 10):
+        with torch.no_grad():
+            sums = hellaswag.score(model, rendered[number].tokens, rendered[number].mask)
+        assert sums.shape == (4,)
+        assert torch.allclose(sums, whole[number], rtol=1e-6, atol=1e-4)
+
+
+def test_lm_head_is_applied_only_where_an_ending_is_predicted(model, rendered):
+    sizes = []
+
+    def note(module, inputs, output):
+        sizes.append(output.shape)
+
+    handle = model.lm_head.register_forward_hook(note)
+    try:
+        hellaswag.ending_losses(model, rendered[:12])
+    finally:
+        handle.remove()
+    ending_tokens = sum(int(example.mask.sum()) for example in rendered[:12])
+    assert sum(size[0] for size in sizes) == ending_tokens
 
 
 def test_an_example_that_is_too_long(rendered, fails):
@@ -172,3 +247,29 @@ def test_an_example_that_is_too_long(rendered, fails):
     assert len(hellaswag.render_all(examples, longest)) == N
     message = fails(hellaswag.render_all, examples, longest - 1)
     assert str(longest) in message
+
+
+def test_under_autocast_the_losses_are_summed_in_float32(model, rendered, our_losses):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        means = hellaswag.ending_losses(model, rendered[:1])
+    exact = our_losses[:1]
+    assert means.dtype == torch.float32 and not torch.equal(means, exact)
+    assert ((means - exact) / exact).abs().max() < 0.01
+    assert not torch.equal(means, means.bfloat16().float())  # finer than bfloat16
+
+
+def right_by_hugging_face(losses, start=0, end=None, step=1):
+    """Return how many of the examples, start:end:step of them, are right by losses, (N, 4)."""
+    labels = [example["label"] for example in hellaswag.read_examples(EXAMPLES)[:N]]
+    right = 0
+    for label, row in list(zip(labels, losses.tolist()))[start:end:step]:
+        right += row.index(min(row)) == label
+    return right
+
+
+def test_the_accuracy_is_hugging_faces(our_losses, rendered, their_losses):
+    right = hellaswag.count_lowest(our_losses, rendered)
+    assert isinstance(right, int)
+    assert right == right_by_hugging_face(their_losses[1])
+    whole, by_token, by_character = their_losses.argmin(dim=2).tolist()
+    assert whole != by_token != by_character != whole  # three different questions
