@@ -1,5 +1,7 @@
 """HellaSwag: which of four endings fits a text?
 
+    python hellaswag.py -m gpt2                 # score OpenAI's model
+
 Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?". The validation set has
 10,042 examples. Each is a line of JSON. This is one of them, folded, without four other fields:
 
@@ -37,6 +39,7 @@ The four texts are the rows of a tensor. Here are rows 0 and 1, with their words
 import hashlib
 import http.client
 import json
+import math
 import os
 import urllib.request
 from dataclasses import dataclass
@@ -45,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import UserError, blame, gpt2_encoding, one_line
+from fineweb import Parser, UserError, blame, gpt2_encoding, one_line, run_program
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
@@ -198,3 +201,80 @@ def count_lowest(losses, examples):
     labels = torch.tensor([example.label for example in examples])  # (N,)
     answers = losses.argmin(dim=1)  # (N,)
     return int((answers == labels).sum())
+
+
+# -------------------------------------------------------------------------------------------------
+# The program
+
+
+def format_example(example, losses):
+    """Return an example, a dict, as text, with a line for each ending.
+
+    losses: (4,), the mean loss per token of each ending.
+    """
+    lines = ["", example["ctx"]]
+    answer = losses.argmin()
+    for i, ending in enumerate(example["endings"]):
+        answer_mark = "*" if i == answer else " "
+        label_mark = "+" if i == example["label"] else " "
+        lines.append(f"  {answer_mark}{label_mark} {losses[i]:.4f}  {ending}")
+    return "\n".join(lines)
+
+
+def format_accuracy(name, right, n):
+    """Return a line of text: the share of n answers that is right, +- its standard error."""
+    p = right / n
+    standard_error = math.sqrt(p * (1 - p) / max(1, n - 1))
+    return f"  {name:25s} {p:.4f} +- {standard_error:.4f}"
+
+
+def main(argv=None):
+    """Score a model and print its accuracies. Raises UserError when that can't be done."""
+    import train_gpt2  # not at the top, so that train_gpt2 may import this file
+
+    models = ", ".join(train_gpt2.OPENAI_SIZES)
+    expanded = os.path.expanduser  # a shell leaves the ~ of --data=~/x as it is
+    parser = Parser(description="Score a GPT-2 on HellaSwag's validation set.")
+    parser.add_argument("-m", "--model", type=expanded, default="gpt2",
+                        help=f"{models}, "
+                        "or a folder in Hugging Face's format")
+    parser.add_argument("-d", "--device", choices=("cuda", "mps", "cpu"),
+                        help="by default the best that is there")
+    parser.add_argument("--data", type=expanded,
+                        help=f"a file of examples; by default {PATH}, which is downloaded if need "
+                        "be")
+    parser.add_argument("--limit", type=int, help="score only so many examples")
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} is not a number above 0")
+    device = train_gpt2.pick_device(args.device)
+    train_gpt2.prepare(device)
+
+    if args.data is None:
+        download()
+    examples = read_examples(args.data or PATH)[: args.limit]
+    model = train_gpt2.load_model(args.model, "--model").to(device)
+    rendered = render_all(examples, model.config.block_size)
+    by_token = ending_losses(model, rendered, show_bar=True)  # (N, 4)
+
+    print("* is the model's answer, + the right one; the numbers are nats per token")
+    for i, example in enumerate(examples[:5]):
+        print(format_example(example, by_token[i]))
+    # The total favours short endings, so runs are compared by the mean per token. EleutherAI's
+    # harness divides by characters (acc_norm), and changes the texts before it does.
+    num_tokens = torch.stack([example.mask.sum(dim=1) for example in rendered])  # (N, 4)
+    num_characters = torch.tensor(
+        [[len(ending) for ending in example["endings"]] for example in examples])  # (N, 4)
+    total = by_token * num_tokens  # (N, 4)
+    ways = {
+        "total loss": total,
+        "mean loss per token": by_token,
+        "mean loss per character": total / num_characters,
+    }
+    print(f"\n{args.model}, {len(examples):,} examples, accuracy by")
+    for name, losses in ways.items():
+        print(format_accuracy(name, count_lowest(losses, rendered), len(examples)))
+
+
+if __name__ == "__main__":
+    run_program(main)

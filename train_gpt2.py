@@ -708,6 +708,18 @@ def validation_line(step, loss, token_bytes):
     return line
 
 
+def load_model(name, flag):
+    """Return the GPT that name means: gpt2, ..., or a folder in Hugging Face's format.
+
+    flag: the flag that name was given to. Raises UserError.
+    """
+    if name not in OPENAI_SIZES and not os.path.isdir(name):
+        raise UserError(f"{flag} {name} is neither a folder nor one of {', '.join(OPENAI_SIZES)}")
+    # transformers may raise any error for what isn't GPT-2's.
+    with blame(f"{flag} {name}", Exception):
+        return GPT.from_pretrained(name)
+
+
 # -----------------------------------------------------------------------------
 # The machine
 

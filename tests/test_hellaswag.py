@@ -1,4 +1,5 @@
 """hellaswag.py: downloads from a server that has faults, scores against Hugging Face's model."""
+import functools
 import hashlib
 import os
 import re
@@ -273,3 +274,68 @@ def test_the_accuracy_is_hugging_faces(our_losses, rendered, their_losses):
     assert right == right_by_hugging_face(their_losses[1])
     whole, by_token, by_character = their_losses.argmin(dim=2).tolist()
     assert whole != by_token != by_character != whole  # three different questions
+
+
+# -------------------------------------------------------------------------------------------------
+# The program
+
+
+def test_the_program(model_folder, capsys, their_losses, monkeypatch):
+    folder, name = os.path.split(model_folder)
+    monkeypatch.setenv("HOME", folder)
+    hellaswag.main(["-m", f"~/{name}", "-d", "cpu", "--data", EXAMPLES, "--limit", "24"])
+    out, err = capsys.readouterr()
+    assert f"{model_folder}, 24 examples, accuracy by\n" in out
+    assert err == ""  # no bar, since this is no terminal
+    found = re.findall(r"^  (.*\S) +(\d\.\d{4}) \+- (\d\.\d{4})$", out, re.M)
+    ways = ["total loss", "mean loss per token", "mean loss per character"]
+    assert [name for name, _, _ in found] == ways
+    for (_, accuracy, error), losses in zip(found, their_losses):
+        p = right_by_hugging_face(losses, end=24) / 24
+        assert float(accuracy) == pytest.approx(p, abs=1e-4)
+        assert float(error) == pytest.approx((p * (1 - p) / 23) ** 0.5, abs=1e-4)
+
+    answers = their_losses[1, :5].argmin(dim=1).tolist()
+    for example, answer in zip(hellaswag.read_examples(EXAMPLES)[:5], answers):
+        assert example["ctx"] in out
+        for i, ending in enumerate(example["endings"]):
+            marks = ("*" if i == answer else " ") + ("+" if i == example["label"] else " ")
+            line = rf"^  {re.escape(marks)} \d+\.\d{{4}}  {re.escape(ending)}$"
+            assert re.search(line, out, re.M)
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--limit 0", ["--limit 0"]),
+    ("--limit x", ["--limit", "x"]),
+    ("-m gpt3 -d cpu --data " + EXAMPLES, ["--model gpt3", "gpt2"]),
+    ("-d cpu --data no.jsonl", ["no.jsonl", "No such file"]),
+    ("-d cpu --data ~/home.jsonl", ["{folder}/home.jsonl", "No such file"]),
+    ("-d cpu --data empty.jsonl", ["empty.jsonl"]),
+    ("-d cpu --data bad.jsonl", ["bad.jsonl, line 1"]),
+    ("-d gpu", ["gpu", "cpu"]),
+])
+def test_bad_input_is_one_line(tmp_path, monkeypatch, fails, flags, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.jsonl").write_text("<html>\n")
+    message = fails(hellaswag.main, flags.split())
+    for word in named:
+        assert word.format(folder=tmp_path) in message
+
+
+def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch, fails, server):
+    monkeypatch.chdir(tmp_path)
+    server.behaviours = [404]
+    download = functools.partial(hellaswag.download, url=server.url)
+    monkeypatch.setattr(hellaswag, "download", download)
+    message = fails(hellaswag.main, ["-d", "cpu"])
+    assert "404" in message and hellaswag.PATH in message
+
+
+def test_a_score_on_a_cpu_repeats(model_folder, capsys):
+    outputs = []
+    for _ in range(2):
+        hellaswag.main(["-m", model_folder, "-d", "cpu", "--data", EXAMPLES, "--limit", "5"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]

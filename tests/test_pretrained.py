@@ -1,11 +1,13 @@
 """OpenAI's weights, by way of Hugging Face: the same numbers come out, and go in again."""
 import shutil
+from pathlib import Path
 
 import offline
 import pytest
 import torch
 
-from train_gpt2 import GPT
+import train_gpt2
+from train_gpt2 import GPT, load_model
 
 IDX = torch.arange(7, 7 + 24).view(2, 12) * 1009 % 50257  # (2, 12), arbitrary ids
 
@@ -56,3 +58,39 @@ def test_every_tensor_counts(folder):
             p.data.copy_(copied.t())  # as if a square one had not been transposed
             assert largest_difference(ours, theirs) > 1e-4, f"{name} could be transposed unnoticed"
             p.data.copy_(copied)
+
+
+@pytest.fixture
+def copy(folder, tmp_path, monkeypatch):
+    """A copy of the folder, to be changed."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(folder, "copy"))
+
+
+def refused(fails, folder):
+    """Return what is said when folder is loaded."""
+    message = fails(load_model, str(folder), "--init_from")
+    assert f"--init_from {folder}" in message
+    return message
+
+
+def test_where_there_is_no_gpt2(fails, tmp_path):
+    message = fails(load_model, "gpt2-huge", "--model")
+    for name in ("--model gpt2-huge", *train_gpt2.OPENAI_SIZES):
+        assert name in message
+    refused(fails, tmp_path)  # an empty folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_damaged_file_is_one_line(fails, copy, name):
+    from safetensors.torch import load_file
+
+    whole = copy / "model.safetensors"
+    if name == "pytorch_model.bin":  # the older format
+        torch.save(load_file(whole), copy / name)
+        whole.unlink()
+    load_model(str(copy), "--init_from")
+    data = (copy / name).read_bytes()
+    for damaged in (data[: len(data) // 2], b"", b"\0" * 1000):
+        (copy / name).write_bytes(damaged)
+        refused(fails, copy)
