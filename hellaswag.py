@@ -45,6 +45,7 @@ import urllib.request
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -66,6 +67,7 @@ def download(path=PATH, url=URL, sha256=SHA256):
     if os.path.exists(path):
         return
     by_hand = f"save it as {path} by hand"
+    by_hand += " (a run can do without: --hellaswag_interval 0)"
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             data = answer.read()
@@ -149,8 +151,22 @@ def render_all(examples, block_size):
     longest = max(example.tokens.shape[1] for example in rendered)
     if longest > block_size:
         message = f"HellaSwag's longest example has {longest} tokens, the model reads {block_size}"
+        message += " (a run can do without: --hellaswag_interval 0)"
         raise UserError(message)
     return rendered
+
+
+def load_examples(block_size):
+    """Return the whole validation set, as render_all does. Download it if it isn't there.
+
+    Of several processes, the first one on each machine downloads it, and the others wait.
+    Raises UserError if it can't be had.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        download()
+    if dist.is_initialized():
+        dist.barrier()
+    return render_all(read_examples(PATH), block_size)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -201,6 +217,21 @@ def count_lowest(losses, examples):
     labels = torch.tensor([example.label for example in examples])  # (N,)
     answers = losses.argmin(dim=1)  # (N,)
     return int((answers == labels).sum())
+
+
+def count_right(model, examples, rank=0, world=1):
+    """Return how many of the examples model gets right, by the mean loss per token.
+
+    The examples are dealt out to the processes. Each returns the count over all examples.
+    """
+    mine = examples[rank::world]
+    losses = ending_losses(model, mine, show_bar=rank == 0)
+    right = count_lowest(losses, mine)
+    if world > 1:
+        total = torch.tensor(right, device=next(model.parameters()).device)
+        dist.all_reduce(total)
+        right = int(total)
+    return right
 
 
 # -------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import fineweb
+import hellaswag
 # A UserError ends the program with one line. blame() turns another error into one.
 from fineweb import UserError, blame, gpt2_encoding, one_line
 
@@ -447,6 +448,7 @@ class TrainConfig:
 
     eval_interval: int = setting(250, "updates between validation losses; 0: none", zero_ok=True)
     val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
+    hellaswag_interval: int = setting(250, "updates between HellaSwags; 0: none", zero_ok=True)
     sample_interval: int = setting(250, "updates between samples; 0: none", zero_ok=True)
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
@@ -467,6 +469,7 @@ PRESETS = {
         weight_decay=0.8,  # this, the rate and the warm-up were found by trying
         eval_interval=170,
         val_tokens=2**17,
+        hellaswag_interval=0,
         sample_interval=170,
     ),
     "gpt2": dict(),
@@ -595,6 +598,7 @@ def main(given, device, rank, world):
     token_bytes = mean_token_bytes(val_tokens[1:])
     shuffle_seed = cfg.seed if cfg.shuffle else None
     loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed)
+    examples = hellaswag.load_examples(model.config.block_size) if cfg.hellaswag_interval else []
 
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
@@ -615,6 +619,12 @@ def main(given, device, rank, world):
             with autocast(device, dtype):
                 val_loss = evaluate(model, val_tokens, B, T, rank, world)
             print0(validation_line(step, val_loss, token_bytes))
+
+        if is_due(cfg.hellaswag_interval, step, last_step):
+            with autocast(device, dtype):
+                right = hellaswag.count_right(model, examples, rank, world)
+            accuracy = right / len(examples)
+            print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {accuracy:.4f}")
 
         if rank == 0 and is_due(cfg.sample_interval, step, last_step):
             for text in sample(model, "Hello, I'm a language model,"):

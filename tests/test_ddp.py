@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import INPUT, ROOT, flags, losses, val_losses
+from conftest import EXAMPLES, INPUT, ROOT, flags, losses, val_losses
 
 SETTINGS = dict(data=INPUT, seq_len=128, total_batch_size=512, max_steps=8, max_lr=3e-3,
-                warmup_steps=2, eval_interval=4, val_tokens=1000)
+                warmup_steps=2, eval_interval=4, val_tokens=1000, hellaswag_interval=8)
 PROBE = """
 import os, torch, train_gpt2
 train_gpt2.MODEL_SIZES["laptop"] = dict(n_layer=2, n_head=2, n_embd=32)
@@ -49,6 +49,9 @@ def difference(a, b):
 
 
 def test_two_processes_train_like_one(start, tmp_path):
+    with open(EXAMPLES, encoding="utf-8") as f:
+        lines = f.readlines()[:5]
+    (tmp_path / "hellaswag_val.jsonl").write_text("".join(lines), encoding="utf-8")
     alone, failed = start("probe.py", 1, *flags(**SETTINGS))
     together, failed = start("probe.py", 2, *flags(**SETTINGS))
     assert not failed, together
@@ -57,6 +60,8 @@ def test_two_processes_train_like_one(start, tmp_path):
     # After 0 updates the weights are equal, and so is the loss, whoever computed which batch.
     assert val_losses(alone)[0] == val_losses(together)[0]
     assert difference(val_losses(alone), val_losses(together)) < 1e-4
+    counts = [re.findall(r"HellaSwag: \d+ of 5 right", out) for out in (alone, together)]
+    assert counts[0][0] == counts[1][0] and len(counts[0]) == len(counts[1]) == 2
 
     first, second, lone = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in (0, 1, "alone"))
     for name in lone:

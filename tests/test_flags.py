@@ -56,9 +56,9 @@ def test_help_explains_each_flag(capsys):
 
 # What each way to start means. The rest of TrainConfig's defaults is that of GPT-2 (124M).
 LAPTOP = dict(seq_len=64, total_batch_size=1024, max_lr=6e-3, weight_decay=0.8, max_steps=850,
-              warmup_steps=300)
+              warmup_steps=300, hellaswag_interval=0)
 GPT2 = dict(seq_len=1024, total_batch_size=524288, max_lr=6e-4, weight_decay=0.1,
-            max_steps=19073, warmup_steps=715)
+            max_steps=19073, warmup_steps=715, hellaswag_interval=250)
 
 
 @pytest.mark.parametrize("words, gpu, shards, expected", [

@@ -77,7 +77,7 @@ def test_a_download_that_fails(server, tmp_path, fails, behaviour, problem):
     server.behaviours = [behaviour]
     path = str(tmp_path / "val.jsonl")
     message = fails(hellaswag.download, path, server.url, SHA256)
-    for part in (problem, server.url, path):
+    for part in (problem, server.url, path, "--hellaswag_interval 0"):
         assert part in message
     assert os.listdir(tmp_path) == []
 
@@ -247,7 +247,7 @@ def test_an_example_that_is_too_long(rendered, fails):
     longest = max(example.tokens.shape[1] for example in rendered)
     assert len(hellaswag.render_all(examples, longest)) == N
     message = fails(hellaswag.render_all, examples, longest - 1)
-    assert str(longest) in message
+    assert str(longest) in message and "--hellaswag_interval 0" in message
 
 
 def test_under_autocast_the_losses_are_summed_in_float32(model, rendered, our_losses):
@@ -268,12 +268,26 @@ def right_by_hugging_face(losses, start=0, end=None, step=1):
     return right
 
 
-def test_the_accuracy_is_hugging_faces(our_losses, rendered, their_losses):
-    right = hellaswag.count_lowest(our_losses, rendered)
+def test_the_accuracy_is_hugging_faces(model, rendered, their_losses):
+    right = hellaswag.count_right(model, rendered)
     assert isinstance(right, int)
     assert right == right_by_hugging_face(their_losses[1])
     whole, by_token, by_character = their_losses.argmin(dim=2).tolist()
     assert whole != by_token != by_character != whole  # three different questions
+
+
+def test_the_processes_share_the_examples(model, rendered, their_losses, monkeypatch):
+    brought = []
+
+    def all_reduce(count):
+        brought.append(int(count))
+        count += 10  # the others'
+
+    monkeypatch.setattr(hellaswag.dist, "all_reduce", all_reduce)
+    for rank in range(3):
+        right = hellaswag.count_right(model, rendered, rank, world=3)
+        assert brought[rank] == right_by_hugging_face(their_losses[1], start=rank, step=3)
+        assert right == brought[rank] + 10
 
 
 # -------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, losses, val_losses
+from conftest import EXAMPLES, SHAPE, losses, val_losses
 
 import fineweb
+import hellaswag
 import train_gpt2
 from fineweb import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig, evaluate
@@ -20,6 +21,13 @@ def text_tokens():
     tokens = gpt2_encoding().encode_ordinary(Path("text.txt").read_text(encoding="utf-8"))
     split = len(tokens) * 9 // 10
     return np.array(tokens[:split]), np.array(tokens[split:])
+
+
+def take_examples(n):
+    """Put n of HellaSwag's examples where a run looks for them; return them as a run reads them."""
+    lines = Path(EXAMPLES).read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("hellaswag_val.jsonl").write_text("".join(lines[:n]), encoding="utf-8")
+    return hellaswag.load_examples(1024)
 
 
 def same(model, other):
@@ -103,9 +111,11 @@ def test_val_tokens_limits_the_measurement(train):
 
 
 def test_evaluations_change_nothing(train):
-    model, out = train()
-    intervals = dict(eval_interval=1, sample_interval=4)
-    other, with_all = train(**intervals)
+    examples = take_examples(20)
+    shape = dict(seq_len=256, total_batch_size=512)
+    model, out = train(**shape)
+    intervals = dict(eval_interval=1, sample_interval=4, hellaswag_interval=4)
+    other, with_all = train(**shape, **intervals)
     assert same(model, other)
     assert losses(with_all) == losses(out) and len(losses(out)) == 6
     assert len(val_losses(with_all)) == 7
@@ -114,3 +124,23 @@ def test_evaluations_change_nothing(train):
     assert len(set(texts)) == 4
     assert with_all.endswith("".join(f"> {text}\n" for text in texts))
     assert with_all.count("\n> Hello, I'm a language model,") == 12  # at 0, 4 and 6
+
+    pattern = r"^step +(\d+) \| HellaSwag: (\d+) of 20 right = (\d\.\d{4})$"
+    found = re.findall(pattern, with_all, re.M)
+    assert [int(step) for step, _, _ in found] == [0, 4, 6]
+    right = hellaswag.count_right(model, examples)
+    assert found[2] == ("6", str(right), f"{right / 20:.4f}")
+
+
+def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(train, fails, monkeypatch):
+    def urlopen(*args, **kwargs):
+        raise OSError("no way there")
+    monkeypatch.setattr(hellaswag.urllib.request, "urlopen", urlopen)
+    message = fails(train, hellaswag_interval=4)
+    assert "--hellaswag_interval 0" in message and "no way there" in message
+
+
+def test_hellaswag_that_is_too_long_for_the_model(train, fails):
+    take_examples(20)
+    message = fails(train, hellaswag_interval=4)  # the model reads seq_len tokens
+    assert "--hellaswag_interval 0" in message and "reads 16" in message
