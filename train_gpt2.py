@@ -434,6 +434,7 @@ class TrainConfig:
 
     model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
     data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
+    log_dir: str = setting("log", "the folder for the log and the checkpoints")
     seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
     shuffle: bool = setting(True, "read the data in a new order in each epoch")
 
@@ -603,12 +604,16 @@ def main(given, device, rank, world):
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
+    # All is well: the log of an earlier run may be overwritten now.
+    if rank == 0:
+        take_over_folder(cfg.log_dir)
     # Both have the same parameters. Only training is compiled: sampling would compile many times.
     train_model = compile_model(model, cfg.compile, device, dtype)
     # Each process has the whole model and reads micro-batches of its own. DDP averages their
     # gradients, so that all make the same update.
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
+    log = Log(cfg.log_dir)
     print_plan(cfg, model, loader, device, dtype)
 
     x, y = fetch_batch(loader, device)
@@ -619,12 +624,14 @@ def main(given, device, rank, world):
             with autocast(device, dtype):
                 val_loss = evaluate(model, val_tokens, B, T, rank, world)
             print0(validation_line(step, val_loss, token_bytes))
+            log.write(step, "val", val_loss)
 
         if is_due(cfg.hellaswag_interval, step, last_step):
             with autocast(device, dtype):
                 right = hellaswag.count_right(model, examples, rank, world)
             accuracy = right / len(examples)
             print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {accuracy:.4f}")
+            log.write(step, "hella", accuracy)
 
         if rank == 0 and is_due(cfg.sample_interval, step, last_step):
             for text in sample(model, "Hello, I'm a language model,"):
@@ -665,6 +672,7 @@ def main(given, device, rank, world):
         line += f" | lr {lr:.4e} | norm: {norm:.4f}"
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
         print0(line)
+        log.write(step, "train", mean_loss)
     return model
 
 
@@ -708,6 +716,7 @@ def print_plan(cfg, model, loader, device, dtype):
     print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
            "process.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
+    print0(f"Log and checkpoints: {cfg.log_dir}/")
 
 
 def validation_line(step, loss, token_bytes):
@@ -716,6 +725,32 @@ def validation_line(step, loss, token_bytes):
     if token_bytes > 0:  # there is a text
         line += f" | bits per byte: {loss / math.log(2) / token_bytes:.4f}"
     return line
+
+
+class Log:
+    """log.txt: a line of STEP KIND VALUE for each number. The first process alone writes it."""
+
+    def __init__(self, log_dir):
+        self.path = os.path.join(log_dir, "log.txt")
+        self.can_write = int(os.environ.get("RANK", 0)) == 0
+
+    def write(self, step, kind, value):
+        """Add a line."""
+        if not self.can_write:
+            return
+        with open(self.path, "a", encoding="utf-8", newline="\n") as f:
+            f.write(f"{step} {kind} {value:.6f}\n")
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def take_over_folder(log_dir):
+    """Make log_dir, and begin an empty log. Raises UserError."""
+    with blame(f"--log_dir {log_dir}"):
+        os.makedirs(log_dir, exist_ok=True)
+        open(os.path.join(log_dir, "log.txt"), "w").close()
 
 
 def load_model(name, flag):

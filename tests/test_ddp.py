@@ -52,8 +52,8 @@ def test_two_processes_train_like_one(start, tmp_path):
     with open(EXAMPLES, encoding="utf-8") as f:
         lines = f.readlines()[:5]
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(lines), encoding="utf-8")
-    alone, failed = start("probe.py", 1, *flags(**SETTINGS))
-    together, failed = start("probe.py", 2, *flags(**SETTINGS))
+    alone, failed = start("probe.py", 1, *flags(**SETTINGS), "--log_dir", "alone")
+    together, failed = start("probe.py", 2, *flags(**SETTINGS), "--log_dir", "together")
     assert not failed, together
     assert len(losses(together)) == 8  # printed once, not by both
     assert difference(losses(alone), losses(together)) < 1e-4

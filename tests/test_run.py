@@ -1,4 +1,4 @@
-"""What a run does beside training: evaluations."""
+"""What a run does beside training: evaluations, and the log."""
 import math
 import os
 import re
@@ -14,6 +14,8 @@ import hellaswag
 import train_gpt2
 from fineweb import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig, evaluate
+
+LOG = Path("log/log.txt")
 
 
 def text_tokens():
@@ -34,6 +36,11 @@ def same(model, other):
     """Tell whether two models have the same weights, to the last bit."""
     pairs = zip(model.parameters(), other.parameters())
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def files(folder):
+    """Return the names in folder, sorted."""
+    return sorted(os.listdir(folder))
 
 
 # -----------------------------------------------------------------------------
@@ -63,7 +70,7 @@ def test_validation_on_less_than_a_row():
     assert evaluate(model, tokens, 2, 16) == pytest.approx(loss.item(), abs=1e-6)
 
 
-def test_bits_per_byte(train):
+def test_bits_per_byte_and_the_log(train):
     model, out = train(eval_interval=4)
     pattern = r"^step +(\d+) \| val loss: (\d+\.\d{6}) \| bits per byte: (\d+\.\d{4})$"
     found = re.findall(pattern, out, re.M)
@@ -76,6 +83,11 @@ def test_bits_per_byte(train):
         assert float(bits) == pytest.approx(expected, abs=1e-4)
     assert float(found[2][1]) == pytest.approx(evaluate(model, val, 7, 16), abs=1e-5)
     assert float(found[2][1]) < float(found[0][1]) - 0.2
+
+    printed = re.findall(r"^step +(\d+) \| (val )?loss: (\d+\.\d{6})", out, re.M)
+    lines = [f"{step} {'val' if val else 'train'} {loss}\n" for step, val, loss in printed]
+    assert LOG.read_text() == "".join(lines)
+    assert len(lines) == 6 + 3
 
 
 def test_end_of_text_has_no_bytes(train):
@@ -130,6 +142,7 @@ def test_evaluations_change_nothing(train):
     assert [int(step) for step, _, _ in found] == [0, 4, 6]
     right = hellaswag.count_right(model, examples)
     assert found[2] == ("6", str(right), f"{right / 20:.4f}")
+    assert f"\n6 hella {right / 20:.6f}\n" in LOG.read_text()
 
 
 def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(train, fails, monkeypatch):
@@ -138,9 +151,19 @@ def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(train, fails
     monkeypatch.setattr(hellaswag.urllib.request, "urlopen", urlopen)
     message = fails(train, hellaswag_interval=4)
     assert "--hellaswag_interval 0" in message and "no way there" in message
+    assert not LOG.exists()
 
 
 def test_hellaswag_that_is_too_long_for_the_model(train, fails):
     take_examples(20)
     message = fails(train, hellaswag_interval=4)  # the model reads seq_len tokens
     assert "--hellaswag_interval 0" in message and "reads 16" in message
+    assert not LOG.exists()
+
+
+# -----------------------------------------------------------------------------
+# The folder
+
+
+def test_a_log_folder_that_cannot_be_written(train, fails):
+    assert "--log_dir text.txt/log" in fails(train, log_dir="text.txt/log")

@@ -1,5 +1,6 @@
 """The recipe and the training step, with a model that is small enough for a test."""
 import math
+import os
 import re
 
 import pytest
@@ -238,8 +239,16 @@ def test_the_first_lines_of_a_run(train):
         "64 tokens",
         "2 micro-batches of 2 x 16",
         "laptop",
+        "log/",
     ):
         assert word in beginning, word
     train_data, _ = train_gpt2.load_data("text.txt")
     loader = train_gpt2.DataLoaderLite(train_data, 2, 16)
     assert f"{tokens / (loader.rows_per_epoch * 16):.2f} epochs" in beginning
+
+
+def test_the_log_holds_each_loss_that_was_printed(train):
+    _, out = train(max_steps=3)
+    with open(os.path.join("log", "log.txt"), encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    assert lines == [f"{step} train {loss}" for step, loss in enumerate(losses(out))]
