@@ -1,6 +1,8 @@
 """HellaSwag: which of four endings fits a text?
 
     python hellaswag.py -m gpt2                 # score OpenAI's model
+    python hellaswag.py -m log                  # or a run's newest checkpoint (not the laptop's)
+    python hellaswag.py -m log/model_19073.pt   # or a checkpoint that you name
 
 Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?". The validation set has
 10,042 examples. Each is a line of JSON. This is one of them, folded, without four other fields:
@@ -268,6 +270,7 @@ def main(argv=None):
     parser = Parser(description="Score a GPT-2 on HellaSwag's validation set.")
     parser.add_argument("-m", "--model", type=expanded, default="gpt2",
                         help=f"{models}, "
+                        "a run's folder, a checkpoint (.pt), "
                         "or a folder in Hugging Face's format")
     parser.add_argument("-d", "--device", choices=("cuda", "mps", "cpu"),
                         help="by default the best that is there")

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -451,6 +451,7 @@ class TrainConfig:
     val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
     hellaswag_interval: int = setting(250, "updates between HellaSwags; 0: none", zero_ok=True)
     sample_interval: int = setting(250, "updates between samples; 0: none", zero_ok=True)
+    checkpoint_interval: int = setting(5000, "save every so many updates; 0: don't", zero_ok=True)
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
@@ -472,6 +473,7 @@ PRESETS = {
         val_tokens=2**17,
         hellaswag_interval=0,
         sample_interval=170,
+        checkpoint_interval=170,
     ),
     "gpt2": dict(),
     "gpt2-medium": dict(max_lr=3e-4),
@@ -613,12 +615,16 @@ def main(given, device, rank, world):
     # gradients, so that all make the same update.
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
+    saver = CheckpointSaver(cfg, model, optimizer)
     log = Log(cfg.log_dir)
     print_plan(cfg, model, loader, device, dtype)
 
     x, y = fetch_batch(loader, device)
     for step in range(cfg.max_steps + 1):  # `step` updates are done
         last_step = step == cfg.max_steps
+
+        if rank == 0 and saver.is_due(step, last_step):
+            saver.save(step)
 
         if is_due(cfg.eval_interval, step, last_step):
             with autocast(device, dtype):
@@ -746,6 +752,81 @@ class Log:
 # Checkpoints
 
 
+def save_checkpoint(path, step, cfg, model, optimizer):
+    """Write all that a run needs to go on after `step` updates: tensors and plain values.
+
+    Raises OSError or RuntimeError when the disk fails.
+    """
+    checkpoint = dict(
+        model=model.state_dict(),
+        model_config=asdict(model.config),
+        train_config=asdict(cfg),
+        optimizer=optimizer.state_dict(),
+        step=step,
+    )
+    torch.save(checkpoint, path)
+
+
+def load_checkpoint(path):
+    """Return the checkpoint at path, a dict, with its tensors on the CPU.
+
+    Raises UserError when it can't be read, is damaged, or is not ours.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
+    except Exception as error:  # any: PyTorch raises many kinds for wrong bytes
+        raise UserError(f"{path} is damaged, or is no checkpoint") from error
+    return checkpoint
+
+
+def model_of(checkpoint):
+    """Return the GPT that a checkpoint holds."""
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def checkpoint_path(folder, step):
+    """Return the path of the checkpoint after `step` updates."""
+    return os.path.join(folder, f"model_{step:05d}.pt")
+
+
+def find_checkpoints(folder):
+    """Return the steps of the checkpoints in folder, the newest first."""
+    if not os.path.isdir(folder):
+        return []
+    matches = [re.fullmatch(r"model_(\d{5,})\.pt", name) for name in os.listdir(folder)]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def newest_checkpoint(folder):
+    """Return the newest checkpoint in folder, or None where there is none. Raises UserError."""
+    steps = find_checkpoints(folder)
+    if steps:
+        return load_checkpoint(checkpoint_path(folder, steps[0]))
+    return None
+
+
+class CheckpointSaver:
+    """Know when a checkpoint is due, and save it."""
+
+    def __init__(self, cfg, model, optimizer):
+        self.cfg = cfg
+        self.state = (cfg, model, optimizer)
+
+    def is_due(self, step, last_step):
+        """Return whether it is time: now and then, and at the end."""
+        return is_due(self.cfg.checkpoint_interval, step, last_step)
+
+    def save(self, step):
+        """Save log_dir/model_{step}.pt."""
+        path = checkpoint_path(self.cfg.log_dir, step)
+        save_checkpoint(path, step, *self.state)
+        print0(f"step {step:5d} | saved {path}")
+
+
 def take_over_folder(log_dir):
     """Make log_dir, and begin an empty log. Raises UserError."""
     with blame(f"--log_dir {log_dir}"):
@@ -754,10 +835,15 @@ def take_over_folder(log_dir):
 
 
 def load_model(name, flag):
-    """Return the GPT that name means: gpt2, ..., or a folder in Hugging Face's format.
+    """Return the GPT that name means: gpt2, ..., a checkpoint (.pt), or a folder.
 
+    A folder is a run's, whose newest checkpoint counts, or one in Hugging Face's format.
     flag: the flag that name was given to. Raises UserError.
     """
+    if name.endswith(".pt"):
+        return model_of(load_checkpoint(name))
+    if find_checkpoints(name):
+        return model_of(newest_checkpoint(name))
     if name not in OPENAI_SIZES and not os.path.isdir(name):
         raise UserError(f"{flag} {name} is neither a folder nor one of {', '.join(OPENAI_SIZES)}")
     # transformers may raise any error for what isn't GPT-2's.

@@ -85,6 +85,7 @@ SMALL = dict(
     device="cpu",
     eval_interval=0,
     sample_interval=0,
+    checkpoint_interval=0,
 )
 
 

@@ -1,4 +1,4 @@
-"""What a run does beside training: evaluations, and the log."""
+"""What a run does beside training: evaluations, the log, checkpoints."""
 import math
 import os
 import re
@@ -13,7 +13,7 @@ import fineweb
 import hellaswag
 import train_gpt2
 from fineweb import gpt2_encoding
-from train_gpt2 import GPT, GPTConfig, evaluate
+from train_gpt2 import GPT, GPTConfig, evaluate, load_checkpoint
 
 LOG = Path("log/log.txt")
 
@@ -41,6 +41,13 @@ def same(model, other):
 def files(folder):
     """Return the names in folder, sorted."""
     return sorted(os.listdir(folder))
+
+
+def spoil(path):
+    """Flip a bit in the middle of a file."""
+    data = bytearray(Path(path).read_bytes())
+    data[len(data) // 2] ^= 1
+    Path(path).write_bytes(data)
 
 
 # -----------------------------------------------------------------------------
@@ -167,3 +174,28 @@ def test_hellaswag_that_is_too_long_for_the_model(train, fails):
 
 def test_a_log_folder_that_cannot_be_written(train, fails):
     assert "--log_dir text.txt/log" in fails(train, log_dir="text.txt/log")
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_a_checkpoint_needs_nothing_of_ours(train):
+    model, out = train(checkpoint_interval=4)
+    names = ["log.txt", "model_00000.pt", "model_00004.pt", "model_00006.pt"]
+    assert files("log") == names  # the last one too
+    assert "step     6 | saved log/model_00006.pt\n" in out
+    checkpoint = torch.load("log/model_00006.pt", weights_only=True)
+    assert checkpoint["step"] == 6
+    assert checkpoint["model_config"] == train_gpt2.asdict(model.config)
+    assert list(checkpoint["model"]) == list(model.state_dict())
+    loaded = train_gpt2.model_of(load_checkpoint("log/model_00006.pt"))
+    assert loaded.config == model.config and same(loaded, model)
+
+
+def test_hellaswag_scores_a_checkpoint(train, capsys):
+    model, _ = train(checkpoint_interval=6, seq_len=256, total_batch_size=512, max_steps=1)
+    hellaswag.main(["-m", "log/model_00001.pt", "--data", EXAMPLES, "--limit", "20", "-d", "cpu"])
+    shown = re.findall(r"mean loss per token +(\d\.\d{4}) \+-", capsys.readouterr().out)
+    right = hellaswag.count_right(model, take_examples(20))
+    assert shown == [f"{right / 20:.4f}"]
