@@ -2,6 +2,7 @@
 
     python train_gpt2.py                                     # on one GPU, or on the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
+    python train_gpt2.py --resume                            # go on from the newest checkpoint
     python train_gpt2.py --help                              # all settings
 """
 import argparse
@@ -359,17 +360,18 @@ class DataLoaderLite:
     The processes take turns: the first B rows are process 0's, the next B process 1's, and so on.
     So together they read what one process would, in the same order.
     shuffle_seed: each epoch's order of rows comes from it. With None they stay as they are.
+    first_row: how many rows of the run were read before, in all epochs.
     Raises UserError when there is no row.
     """
 
-    def __init__(self, arrays, B, T, rank=0, world=1, shuffle_seed=None):
+    def __init__(self, arrays, B, T, rank=0, world=1, shuffle_seed=None, first_row=0):
         self.arrays = arrays
         self.B = B
         self.T = T
         self.rank = rank
         self.world = world
         self.shuffle_seed = shuffle_seed
-        self.next_row = 0
+        self.next_row = first_row
         # - 1: behind a row there has to be one token more, its last target
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
         self.rows_per_epoch = sum(self.rows_per_array)
@@ -559,10 +561,11 @@ def mean_token_bytes(tokens):
 # The run
 
 
-def launch(given):
+def launch(given, resume=False):
     """Train a model and return it: choose the device, meet the other processes, then call main().
 
     given: the settings that you choose, {name: value}. The others come from a preset.
+    resume: go on from the newest checkpoint; where there is none, begin.
     Raises UserError when something can't work.
     """
     check_settings(given, TrainConfig)
@@ -575,20 +578,24 @@ def launch(given):
     if world > 1:
         meet_others(device)
 
-    model = main(given, device, rank, world)
+    model = main(given, resume, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
     return model
 
 
-def main(given, device, rank, world):
-    """Train a model and return it. given: as in launch()."""
+def main(given, resume, device, rank, world):
+    """Train a model and return it. given, resume: as in launch()."""
+    # Where does the run begin, and with which settings?
+    log_dir = given.get("log_dir", TrainConfig.log_dir)
+    checkpoint = newest_checkpoint(log_dir) if resume else None
+    first_step = 0 if checkpoint is None else checkpoint["step"]
     cfg = choose_config(given, device)
     dtype = cfg.dtype or best_dtype(device)
 
     # The model, and the size of a micro-batch
     torch.manual_seed(cfg.seed)
-    model = build_model(cfg).to(device)
+    model = build_model(cfg, checkpoint).to(device)
     T = cfg.seq_len
     B = cfg.batch_size or fitting_batch_size(T, cfg.total_batch_size, device, world)
     check_batch(B, T, cfg.total_batch_size, world)
@@ -599,16 +606,19 @@ def main(given, device, rank, world):
     val_tokens = val[: cfg.val_tokens + 1]  # + 1: nothing predicts the first one
     check_ids(val_tokens)
     token_bytes = mean_token_bytes(val_tokens[1:])
+    first_row = first_step * cfg.total_batch_size // T
     shuffle_seed = cfg.seed if cfg.shuffle else None
-    loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed)
+    loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed, first_row)
     examples = hellaswag.load_examples(model.config.block_size) if cfg.hellaswag_interval else []
 
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
+    if checkpoint is not None:
+        restore(checkpoint, cfg, optimizer)
 
     # All is well: the log of an earlier run may be overwritten now.
     if rank == 0:
-        take_over_folder(cfg.log_dir)
+        take_over_folder(cfg.log_dir, checkpoint)
     # Both have the same parameters. Only training is compiled: sampling would compile many times.
     train_model = compile_model(model, cfg.compile, device, dtype)
     # Each process has the whole model and reads micro-batches of its own. DDP averages their
@@ -617,10 +627,11 @@ def main(given, device, rank, world):
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
     saver = CheckpointSaver(cfg, model, optimizer)
     log = Log(cfg.log_dir)
-    print_plan(cfg, model, loader, device, dtype)
+    print_plan(cfg, model, loader, device, dtype, checkpoint)
+    checkpoint = None  # let go of the tensors that nobody uses any more
 
     x, y = fetch_batch(loader, device)
-    for step in range(cfg.max_steps + 1):  # `step` updates are done
+    for step in range(first_step, cfg.max_steps + 1):  # `step` updates are done
         last_step = step == cfg.max_steps
 
         if rank == 0 and saver.is_due(step, last_step):
@@ -690,8 +701,10 @@ def is_due(interval, step, last_step):
     return interval > 0 and (step % interval == 0 or last_step)
 
 
-def build_model(cfg):
-    """Return a new model of the shape cfg.model."""
+def build_model(cfg, checkpoint):
+    """Return the model of the checkpoint, or a new one of --model's shape."""
+    if checkpoint is not None:
+        return model_of(checkpoint)
     # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly among a kernel's
     # threads. The 47 extra tokens never occur.
     config = GPTConfig(block_size=cfg.seq_len, vocab_size=50304, **MODEL_SIZES[cfg.model])
@@ -704,13 +717,16 @@ def fetch_batch(loader, device):
     return x.to(device), y.to(device)
 
 
-def print_plan(cfg, model, loader, device, dtype):
+def print_plan(cfg, model, loader, device, dtype, checkpoint):
     """Print what is about to happen."""
     source = f"the preset {cfg.model}"
+    first_step = 0
+    if checkpoint is not None:
+        first_step = checkpoint["step"]
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
     micro_batches = cfg.total_batch_size // (loader.B * loader.T * loader.world)
-    updates = cfg.max_steps
+    updates = cfg.max_steps - first_step
     tokens = updates * cfg.total_batch_size
     epochs = tokens / (loader.rows_per_epoch * loader.T)
     print0(f"Model: {parameters:,} parameters.")
@@ -723,6 +739,8 @@ def print_plan(cfg, model, loader, device, dtype):
            "process.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
     print0(f"Log and checkpoints: {cfg.log_dir}/")
+    if checkpoint is not None:
+        print0(f"Going on after {first_step} of {cfg.max_steps} updates.")
 
 
 def validation_line(step, loss, token_bytes):
@@ -755,6 +773,7 @@ class Log:
 def save_checkpoint(path, step, cfg, model, optimizer):
     """Write all that a run needs to go on after `step` updates: tensors and plain values.
 
+    The place in the data follows from the step, and an update draws no random numbers.
     Raises OSError or RuntimeError when the disk fails.
     """
     checkpoint = dict(
@@ -765,6 +784,18 @@ def save_checkpoint(path, step, cfg, model, optimizer):
         step=step,
     )
     torch.save(checkpoint, path)
+
+
+def restore(checkpoint, cfg, optimizer):
+    """Put a checkpoint's state into the optimizer. Raises UserError."""
+    if checkpoint["step"] > cfg.max_steps:
+        raise UserError(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done "
+                        "already")
+    # AdamW's averages (state) are the checkpoint's. The rate and the decay (param_groups) are this
+    # run's.
+    state = optimizer.state_dict()
+    state["state"] = checkpoint["optimizer"]["state"]
+    optimizer.load_state_dict(state)
 
 
 def load_checkpoint(path):
@@ -827,11 +858,27 @@ class CheckpointSaver:
         print0(f"step {step:5d} | saved {path}")
 
 
-def take_over_folder(log_dir):
-    """Make log_dir, and begin an empty log. Raises UserError."""
+def take_over_folder(log_dir, checkpoint):
+    """Make log_dir, and begin an empty log, or cut it to the checkpoint. Raises UserError."""
     with blame(f"--log_dir {log_dir}"):
         os.makedirs(log_dir, exist_ok=True)
-        open(os.path.join(log_dir, "log.txt"), "w").close()
+        if checkpoint is None:
+            open(os.path.join(log_dir, "log.txt"), "w").close()
+        else:
+            cut_log(os.path.join(log_dir, "log.txt"), checkpoint["step"])
+
+
+def cut_log(path, step):
+    """Remove from log.txt what a run that goes on after `step` updates will write again."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as f:
+        lines = f.readlines()
+    with open(path, "wb") as f:
+        for line in lines:
+            match = re.fullmatch(rb"(\d+) \w+ \S+\n", line)
+            if match and int(match[1]) < step:
+                f.write(line)
 
 
 def load_model(name, flag):
@@ -1036,7 +1083,7 @@ def add_flags(group, config):
 
 
 def parse_flags(argv=None):
-    """Return {name: value} of the settings that are given."""
+    """Return (given, options): {name: value} of the settings that are given, and what to do."""
     rows = []
     for name, row in PRESETS.items():
         differences = ", ".join(f"{key} {value}" for key, value in row.items())
@@ -1049,17 +1096,20 @@ def parse_flags(argv=None):
         allow_abbrev=False,
     )
     add_flags(parser.add_argument_group("settings of a run"), TrainConfig)
+    other = parser.add_argument_group("what to do")
+    other.add_argument("--resume", action="store_true", default=False,
+                       help="go on from the newest checkpoint in log_dir, or begin")
 
     options = parser.parse_args(argv)
     flags = vars(options)
     given = {f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags}
-    return given
+    return given, options
 
 
 def command():
     """Do what the command line says."""
-    given = parse_flags()
-    launch(given)
+    given, options = parse_flags()
+    launch(given, options.resume)
 
 
 if __name__ == "__main__":

@@ -125,14 +125,14 @@ def small(tmp_path, monkeypatch):
 def train(small, capsys):
     """Return a function that trains in this process: (the model, all that was printed).
 
-    Its keyword arguments are settings, beside those of SMALL.
+    Its keyword arguments are settings, beside those of SMALL. With resume=True they stand alone.
     What differs between equal runs, the times, is left out of the text.
     """
     import train_gpt2
 
-    def train(**settings):
+    def train(resume=False, **settings):
         capsys.readouterr()
-        model = train_gpt2.launch(SMALL | settings)
+        model = train_gpt2.launch(settings if resume else SMALL | settings, resume)
         out = capsys.readouterr().out
         return model, re.sub(r"dt: [^\n]*", "", out)
     return train

@@ -15,8 +15,8 @@ import os, torch, train_gpt2
 train_gpt2.MODEL_SIZES["laptop"] = dict(n_layer=2, n_head=2, n_embd=32)
 launch = train_gpt2.launch
 
-def launch_and_keep(given):
-    model = launch(given)
+def launch_and_keep(given, resume):
+    model = launch(given, resume)
     torch.save(model.state_dict(), f"weights_{os.environ.get('RANK', 'alone')}.pt")
 
 train_gpt2.launch = launch_and_keep

@@ -22,10 +22,12 @@ def start(monkeypatch):
 
 
 def test_every_setting_is_a_flag():
-    assert parse_flags([]) == {}
-    words = "--max_lr 1e-3 --batch_size 8 --no-compile --dtype float32"
-    given = parse_flags(words.split())
+    given, options = parse_flags([])
+    assert given == {} and not options.resume
+    words = "--max_lr 1e-3 --batch_size 8 --no-compile --dtype float32 --resume"
+    given, options = parse_flags(words.split())
     assert given == dict(max_lr=1e-3, batch_size=8, compile=False, dtype="float32")
+    assert options.resume
     no_default = dict(device="cpu", dtype="bfloat16", batch_size=3)
     for field in fields(TrainConfig):
         value = no_default.get(field.name, field.default)
@@ -33,7 +35,7 @@ def test_every_setting_is_a_flag():
         if field.type is bool:
             value = True
             words = [f"--{field.name}"]
-        assert parse_flags(words) == {field.name: value}
+        assert parse_flags(words)[0] == {field.name: value}
 
 
 def test_help_explains_each_flag(capsys):
@@ -82,7 +84,7 @@ def test_the_settings_of_each_way_to_start(tmp_path, monkeypatch, capsys, words,
         (tmp_path / "edu_fineweb10B" / fineweb.shard_name(1)).touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    given = parse_flags(words.split())
+    given, _ = parse_flags(words.split())
     device = train_gpt2.pick_device(given.get("device"))
     cfg = train_gpt2.choose_config(given, device)
     for name, value in expected.items():
@@ -106,8 +108,9 @@ def test_flags_reach_the_run(small, start, capsys):
 def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
-    given = parse_flags(["--data=~/a.txt"])
-    assert os.path.normpath(given["data"]) == str(tmp_path / "a.txt")
+    given, _ = parse_flags(["--data=~/a.txt", "--log_dir=~/runs/a"])
+    found = {name: os.path.normpath(path) for name, path in given.items()}
+    assert found == dict(data=str(tmp_path / "a.txt"), log_dir=str(tmp_path / "runs" / "a"))
 
 
 @pytest.mark.parametrize("words, named", [

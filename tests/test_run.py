@@ -1,19 +1,20 @@
-"""What a run does beside training: evaluations, the log, checkpoints."""
+"""What a run does beside training: evaluations, the log, checkpoints, and going on from them."""
 import math
 import os
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, SHAPE, losses, val_losses
+from conftest import EXAMPLES, SHAPE, SMALL, losses, val_losses
 
 import fineweb
 import hellaswag
 import train_gpt2
 from fineweb import gpt2_encoding
-from train_gpt2 import GPT, GPTConfig, evaluate, load_checkpoint
+from train_gpt2 import GPT, GPTConfig, evaluate, launch, load_checkpoint
 
 LOG = Path("log/log.txt")
 
@@ -199,3 +200,42 @@ def test_hellaswag_scores_a_checkpoint(train, capsys):
     shown = re.findall(r"mean loss per token +(\d\.\d{4}) \+-", capsys.readouterr().out)
     right = hellaswag.count_right(model, take_examples(20))
     assert shown == [f"{right / 20:.4f}"]
+
+
+# -----------------------------------------------------------------------------
+# Going on
+
+
+def test_resume_goes_on_where_it_stopped(train):
+    model, _ = train(checkpoint_interval=3, eval_interval=3)
+    log = LOG.read_text()
+    os.remove("log/model_00006.pt")
+    resumed, out = train(resume=True, **SMALL | dict(checkpoint_interval=3, eval_interval=3))
+    assert "Going on after 3 of 6 updates." in out
+    assert len(losses(out)) == 3
+    assert LOG.read_text() == log and same(model, resumed)
+
+
+def test_resume_begins_where_there_is_no_checkpoint(train):
+    launch(SMALL | dict(checkpoint_interval=6, max_steps=6), resume=True)
+    assert files("log") == ["log.txt", "model_00000.pt", "model_00006.pt"]
+
+
+def test_a_run_lets_go_of_the_checkpoint_that_it_came_from(train, monkeypatch):
+    train(checkpoint_interval=6)
+    load, fetch = train_gpt2.load_checkpoint, train_gpt2.fetch_batch
+    weights = []
+    alive = []
+
+    def load_checkpoint(path):
+        checkpoint = load(path)
+        weights.append(weakref.ref(checkpoint["model"]["lm_head.weight"]))
+        return checkpoint
+
+    def fetch_batch(*args):
+        alive.append(weights[0]() is not None)
+        return fetch(*args)
+    monkeypatch.setattr(train_gpt2, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(train_gpt2, "fetch_batch", fetch_batch)
+    train(resume=True, **SMALL | dict(max_steps=7))
+    assert alive == [False] * 3

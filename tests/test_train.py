@@ -168,8 +168,8 @@ def test_compiled_losses_equal_eager_ones(train, compiler):
 def test_four_micro_batches_give_the_gradient_of_one_large_batch(train, monkeypatch):
     build_model = train_gpt2.build_model
 
-    def build_double(cfg):
-        return build_model(cfg).double()
+    def build_double(cfg, checkpoint):
+        return build_model(cfg, checkpoint).double()
 
     monkeypatch.setattr(train_gpt2, "build_model", build_double)
     gradients = []
