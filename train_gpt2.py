@@ -590,7 +590,7 @@ def main(given, resume, device, rank, world):
     log_dir = given.get("log_dir", TrainConfig.log_dir)
     checkpoint = newest_checkpoint(log_dir) if resume else None
     first_step = 0 if checkpoint is None else checkpoint["step"]
-    cfg = choose_config(given, device)
+    cfg = choose_config(given, checkpoint, device)
     dtype = cfg.dtype or best_dtype(device)
 
     # The model, and the size of a micro-batch
@@ -723,6 +723,7 @@ def print_plan(cfg, model, loader, device, dtype, checkpoint):
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint["step"]
+        source = "the checkpoint"
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
     micro_batches = cfg.total_batch_size // (loader.B * loader.T * loader.world)
@@ -1013,6 +1014,10 @@ def fitting_batch_size(T, total_batch_size, device, world):
 # Settings, chosen and checked
 
 
+# What a run that goes on can't change: its model, and the order of its data
+FIXED = ("model", "seq_len", "total_batch_size", "seed", "shuffle")
+
+
 def check_settings(given, config):
     """Raise UserError when a setting of given, {name: value}, can't work. config: their class."""
     known = {f.name: f for f in fields(config)}
@@ -1032,11 +1037,25 @@ def check_settings(given, config):
             raise UserError(f"--{name} {value} has to be a number, {least}")
 
 
-def choose_config(given, device):
-    """Return the TrainConfig of a run. What isn't given is a preset's.
+def choose_config(given, checkpoint, device):
+    """Return the TrainConfig of a run. What isn't given is the checkpoint's, or else a preset's.
 
-    given: {name: value}. device: where the run will be.
+    given: {name: value}. device: where the run will be. Raises UserError when they contradict.
     """
+    if checkpoint is not None:
+        base = checkpoint["train_config"]
+        if base.keys() != {f.name for f in fields(TrainConfig)}:
+            raise UserError("--resume: the checkpoint is of another version of this program, with "
+                            "other settings")
+        for name in FIXED:
+            if given.get(name, base[name]) != base[name]:
+                raise UserError(f"--{name} {given[name]}: the run was begun with {base[name]}; "
+                                "leave it out")
+        # These belong to the machine and the place where a run is started.
+        for name in ("log_dir", "device"):
+            base[name] = getattr(TrainConfig, name)
+        return TrainConfig(**(base | given))
+
     base = dict(data=given.get("data", fineweb.SHARDS))
     first_shard = os.path.join(fineweb.SHARDS, fineweb.shard_name(1))
     no_shards = "data" not in given and not os.path.exists(first_shard)

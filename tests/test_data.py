@@ -370,7 +370,7 @@ def test_the_laptops_run_is_three_epochs():
 
 def test_shards_are_trained_on_where_they_are(train, tmp_path):
     tokens = write_shards(tmp_path / "edu_fineweb10B")
-    cfg = train_gpt2.choose_config({}, torch.device("cpu"))
+    cfg = train_gpt2.choose_config({}, None, torch.device("cpu"))
     assert cfg.data == "edu_fineweb10B"
     _, out = train(data=cfg.data, max_steps=2)
     assert len(losses(out)) == 2

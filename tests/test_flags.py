@@ -86,7 +86,7 @@ def test_the_settings_of_each_way_to_start(tmp_path, monkeypatch, capsys, words,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     given, _ = parse_flags(words.split())
     device = train_gpt2.pick_device(given.get("device"))
-    cfg = train_gpt2.choose_config(given, device)
+    cfg = train_gpt2.choose_config(given, None, device)
     for name, value in expected.items():
         assert getattr(cfg, name) == value, name
     for name in ("dtype", "compile", "batch_size"):  # the machine decides

@@ -216,9 +216,60 @@ def test_resume_goes_on_where_it_stopped(train):
     assert LOG.read_text() == log and same(model, resumed)
 
 
+def test_flags_win_over_the_checkpoint(train):
+    train(checkpoint_interval=1, seed=7, weight_decay=0.5)
+    assert len(files("log")) == 8
+    # What is given counts, and be it the default.
+    words = "--resume --max_steps 8 --eval_interval 8".split()
+    given, options = train_gpt2.parse_flags(words)
+    _, out = train(resume=options.resume, **given)
+    assert len(losses(out)) == 2 and len(val_losses(out)) == 1
+    checkpoint = load_checkpoint("log/model_00008.pt")
+    assert checkpoint["train_config"]["seed"] == 7
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    train(resume=True, max_steps=9, weight_decay=0.25)
+    checkpoint = load_checkpoint("log/model_00009.pt")
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+
+
+def test_what_the_machine_decides_is_decided_anew(small):
+    machine = ("batch_size", "device", "dtype", "compile")
+    settings = {name: value for name, value in SMALL.items() if name not in machine}
+    launch(settings | dict(checkpoint_interval=1, max_steps=1, total_batch_size=256))
+    config = load_checkpoint("log/model_00001.pt")["train_config"]
+    assert [config[name] for name in machine] == [None] * 4
+
+
+def test_the_folder_and_the_device_are_those_of_now(train, capsys):
+    train(checkpoint_interval=6)
+    os.rename("log", "renamed")
+    launch(dict(log_dir="renamed", max_steps=8), resume=True)
+    config = load_checkpoint("renamed/model_00008.pt")["train_config"]
+    assert config["log_dir"] == "renamed"
+    assert config["device"] is None and not os.path.exists("log")
+
+
+def test_what_a_run_was_begun_with_stays(train, fails):
+    train(checkpoint_interval=6)
+    before = files("log")
+    assert "--model gpt2" in fails(train, resume=True, model="gpt2")
+    for name, value in dict(seq_len=8, total_batch_size=128, seed=5, shuffle=False).items():
+        assert f"--{name} {value}" in fails(train, resume=True, **{name: value})
+    assert files("log") == before
+
+
 def test_resume_begins_where_there_is_no_checkpoint(train):
     launch(SMALL | dict(checkpoint_interval=6, max_steps=6), resume=True)
     assert files("log") == ["log.txt", "model_00000.pt", "model_00006.pt"]
+
+
+def test_a_checkpoint_of_another_version_is_refused(train, fails):
+    train(checkpoint_interval=6)
+    for number in (0, 6):
+        checkpoint = load_checkpoint(f"log/model_{number:05d}.pt")
+        checkpoint["train_config"]["of_the_future"] = 1
+        torch.save(checkpoint, f"log/model_{number:05d}.pt")
+    assert "another version" in fails(launch, dict(max_steps=8), resume=True)
 
 
 def test_a_run_lets_go_of_the_checkpoint_that_it_came_from(train, monkeypatch):
