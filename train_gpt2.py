@@ -985,6 +985,9 @@ def compile_model(model, wanted, device, dtype):
         wanted = device.type == "cuda" or (device.type == "cpu" and dtype == "bfloat16")
     if not wanted:
         return model
+    if device.type == "cpu":  # so that a compiled run, too, repeats bit for bit
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # NaN in it only costs time
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as error:  # any: a missing compiler, header or Triton fails in its own way

@@ -95,7 +95,8 @@ def compile_for(monkeypatch):
         assert found() is model
         return True
 
-    return compile_for
+    yield compile_for
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("kind, dtype, compiles", [
@@ -137,6 +138,15 @@ def test_prepare_switches_tf32_on():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_what_is_compiled_for_a_cpu_is_deterministic(compile_for):
+    torch.use_deterministic_algorithms(False)
+    assert not compile_for("cpu", "bfloat16", False)
+    assert not torch.are_deterministic_algorithms_enabled()  # without the compiler it always is
+    assert compile_for("cpu", "bfloat16", True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # it only costs time
 
 
 @pytest.mark.parametrize("T, rows, B", [

@@ -2,9 +2,11 @@
 import math
 import os
 import re
+import shutil
 import weakref
 from pathlib import Path
 
+import hub
 import numpy as np
 import pytest
 import torch
@@ -205,14 +207,77 @@ def test_hellaswag_scores_a_checkpoint(train, capsys):
 # -----------------------------------------------------------------------------
 # Going on
 
+EVERYTHING = dict(
+    eval_interval=3, sample_interval=10, checkpoint_interval=1, val_tokens=200,
+)
 
-def test_resume_goes_on_where_it_stopped(train):
-    model, _ = train(checkpoint_interval=3, eval_interval=3)
+
+def state_of(checkpoint):
+    """Return the optimizer's tensors, and the step."""
+    tensors = []
+    for state in checkpoint["optimizer"]["state"].values():
+        tensors += [value.flatten() for value in state.values()]
+    return torch.cat(tensors), checkpoint["step"]
+
+
+def resume_each(train, settings, steps):
+    """Train, then go on from the checkpoints of steps, as if the run had stopped there.
+
+    All has to end the same. Returns the whole run's (model, text).
+    """
+    model, whole = train(**EVERYTHING | settings)
+    shutil.copytree("log", "whole")
+    newest = train_gpt2.find_checkpoints("whole")[0]
+    last = torch.load(f"whole/model_{newest:05d}.pt")
+    for k in steps:
+        shutil.rmtree("log")
+        shutil.copytree("whole", "log")  # its log is longer than it was at step k
+        for number in train_gpt2.find_checkpoints("log"):
+            if number > k:
+                os.remove(f"log/model_{number:05d}.pt")
+        resumed, out = train(resume=True)
+        assert LOG.read_text() == Path("whole/log.txt").read_text()
+        assert same(model, resumed)
+        saved = f"step {k:5d} | saved log/model_{k:05d}.pt\n"
+        assert "those of the checkpoint." in out
+        _, begin, rest = out.partition(f"Going on after {k} of {newest} updates.\n")
+        assert begin and rest.removeprefix(saved) == whole.split(saved)[1]  # losses, samples
+        again = torch.load(f"log/model_{newest:05d}.pt")
+        assert torch.equal(state_of(again)[0], state_of(last)[0])
+        assert state_of(again)[1:] == state_of(last)[1:]
+    return model, whole
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resume_over_shards(train, shuffle):
+    documents = [fineweb.tokenize(text) for text in hub.make_documents(12)]
+    tokens = np.concatenate(documents)
+    os.mkdir("shards")
+    for number, start in enumerate(range(0, len(tokens), 300)):
+        fineweb.write_shard("shards", number, tokens[start : start + 300])
+    arrays, _ = train_gpt2.load_data("shards")
+    loader = train_gpt2.DataLoaderLite(arrays, 2, 16)
+    epoch, more = divmod(loader.rows_per_epoch, 4)  # in updates
+    assert 6 < epoch < 20 and more > 0
+    settings = dict(data="shards", shuffle=shuffle, max_steps=epoch + 4)
+    # A shard has 18 rows, which are 4.5 updates. So these are stops in a shard's middle, after the
+    # update that crosses its end, and before the one that crosses the epoch's.
+    resume_each(train, settings, [2, 5, epoch])
+
+
+def test_resume_compiled_and_nothing_compiles_again(train, compiler):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model, _ = train(compile=True, **EVERYTHING | dict(max_steps=5, sample_interval=2))
+    # the trial, and the model
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["recompiles"]
     log = LOG.read_text()
-    os.remove("log/model_00006.pt")
-    resumed, out = train(resume=True, **SMALL | dict(checkpoint_interval=3, eval_interval=3))
-    assert "Going on after 3 of 6 updates." in out
-    assert len(losses(out)) == 3
+    for number in (4, 5):
+        os.remove(f"log/model_{number:05d}.pt")
+    resumed, out = train(resume=True)
+    assert "Going on after 3 of 5 updates." in out
     assert LOG.read_text() == log and same(model, resumed)
 
 
