@@ -4,6 +4,9 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
     python train_gpt2.py --resume                            # go on from the newest checkpoint
     python train_gpt2.py --help                              # all settings
+
+Read it from top to bottom: the model, text from the model, the data, the recipe, and the run
+itself: launch() and main(). A first reader can stop there. What follows is what they call.
 """
 import argparse
 import contextlib
@@ -691,6 +694,9 @@ def main(given, resume, device, rank, world):
         print0(line)
         log.write(step, "train", mean_loss)
     return model
+
+
+# You have read the training. What follows is what it calls.
 
 
 def is_due(interval, step, last_step):
