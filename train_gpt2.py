@@ -564,6 +564,10 @@ def mean_token_bytes(tokens):
 # The run
 
 
+# So many bad updates in a row end the run.
+TOO_MANY_SKIPPED = 5
+
+
 def launch(given, resume=False):
     """Train a model and return it: choose the device, meet the other processes, then call main().
 
@@ -633,6 +637,7 @@ def main(given, resume, device, rank, world):
     print_plan(cfg, model, loader, device, dtype, checkpoint)
     checkpoint = None  # let go of the tensors that nobody uses any more
 
+    skipped = 0  # how many updates in a row had a number that isn't finite
     x, y = fetch_batch(loader, device)
     for step in range(first_step, cfg.max_steps + 1):  # `step` updates are done
         last_step = step == cfg.max_steps
@@ -685,7 +690,15 @@ def main(given, resume, device, rank, world):
         if world > 1:
             dist.all_reduce(loss_accum)  # the sum over the processes
         mean_loss = loss_accum.item() / world  # waits for the GPU, so that dt is right
-        optimizer.step()
+
+        # A number that isn't finite would make every weight NaN, for good. So skip the update.
+        if math.isfinite(mean_loss) and math.isfinite(norm):
+            optimizer.step()
+            skipped = 0
+        else:
+            skipped += 1
+            print0(f"step {step:5d} | skipped: a number isn't finite, {skipped} in a row")
+        gone_bad = skipped >= TOO_MANY_SKIPPED
         dt = time.perf_counter() - t0  # seconds
 
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
@@ -693,6 +706,14 @@ def main(given, resume, device, rank, world):
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
         print0(line)
         log.write(step, "train", mean_loss)
+
+        if gone_bad:
+            if rank == 0:
+                saver.save(step + 1)
+            if world > 1:
+                dist.barrier()  # nobody leaves before it is saved
+            raise UserError(f"step {step}: loss or gradient was not finite {skipped} times in "
+                            "a row; a lower --max_lr may help")
     return model
 
 

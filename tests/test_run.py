@@ -355,3 +355,57 @@ def test_a_run_lets_go_of_the_checkpoint_that_it_came_from(train, monkeypatch):
     monkeypatch.setattr(train_gpt2, "fetch_batch", fetch_batch)
     train(resume=True, **SMALL | dict(max_steps=7))
     assert alive == [False] * 3
+
+
+# -----------------------------------------------------------------------------
+# Numbers that go bad
+
+
+def plant(monkeypatch, steps, way):
+    """Spoil the first of the two micro-batches of these steps: its loss, or its gradient alone."""
+    forward = GPT.forward
+    bad = {2 * step for step in steps}
+    call = -1
+
+    def spoilt(self, idx, targets=None):
+        nonlocal call
+        logits, loss = forward(self, idx, targets)
+        if not torch.is_grad_enabled():
+            return logits, loss
+        call += 1
+        if call in bad and way == "loss":
+            loss = loss * math.nan
+        elif call in bad:
+            loss = loss + (0 * loss).sqrt()  # 0, and its slope is not
+        return logits, loss
+    monkeypatch.setattr(GPT, "forward", spoilt)
+
+
+@pytest.mark.parametrize("way", ["loss", "gradient"])
+def test_a_number_gone_bad_never_reaches_the_weights(train, capsys, monkeypatch, way):
+    plant(monkeypatch, [2, 4], way)
+    launch(SMALL | dict(checkpoint_interval=1))
+    out = capsys.readouterr().out
+    assert re.findall(r"^step +(\d+) \| skipped: .* 1 in a row", out, re.M) == ["2", "4"]
+    assert re.findall(r"^step +(\d+) .* norm: nan", out, re.M) == ["2", "4"]
+    assert ("2 train nan\n" in LOG.read_text()) == (way == "loss")
+    saved = [load_checkpoint(f"log/model_0000{number}.pt") for number in range(1, 7)]
+    for step in range(1, 6):
+        a, b = saved[step - 1], saved[step]  # before and after the step
+        unchanged = [torch.equal(a["model"][name], b["model"][name]) for name in a["model"]]
+        unchanged.append(torch.equal(state_of(a)[0], state_of(b)[0]))
+        assert all(unchanged) if step in (2, 4) else not any(unchanged)
+
+
+def test_bad_numbers_that_go_on_end_the_run_and_the_good_weights_are_saved(
+        train, fails, monkeypatch):
+    plant(monkeypatch, [0, 2, 3, 4, 5, 6], "loss")
+    message = fails(train, checkpoint_interval=100, max_steps=20)
+    assert "step 6" in message and "--max_lr" in message
+    bad = [int(step) for step in re.findall(r"(\d+) train nan", LOG.read_text())]
+    assert bad == [0, 2, 3, 4, 5, 6]
+    assert train_gpt2.find_checkpoints("log") == [7, 0]
+    saved = train_gpt2.model_of(load_checkpoint("log/model_00007.pt"))
+    assert all(torch.isfinite(p).all() for p in saved.parameters())
+    begun = train_gpt2.model_of(load_checkpoint("log/model_00000.pt"))
+    assert not same(saved, begun)
