@@ -11,6 +11,7 @@ Shard 0 is for validation. Every document begins with the token <|endoftext|>.
 """
 import argparse
 import codecs
+import errno
 import functools
 import json
 import multiprocessing as mp
@@ -88,7 +89,8 @@ def shard_name(number):
 
 def write_shard(folder, number, tokens):
     """Write tokens, (n,) uint16, as a shard. Raises OSError if the disk doesn't take them."""
-    np.save(os.path.join(folder, shard_name(number)), tokens)
+    with atomic_write(os.path.join(folder, shard_name(number))) as f:
+        np.save(f, tokens)
 
 
 class ShardWriter:
@@ -352,6 +354,32 @@ def prepare_worker():
 
 # -------------------------------------------------------------------------------------------------
 # What all three programs need
+
+
+@contextmanager
+def atomic_write(path, unfinished=None):
+    """Provide a binary file to write to. It gets the name path only when all of it is on the disk.
+
+    After any error the unfinished file is removed, and path is what it was before.
+    unfinished: its name until then, by default path + ".tmp".
+    """
+    unfinished = unfinished or f"{path}.tmp"
+    try:
+        # A large buffer, since torch.save, in train_gpt2.py, writes in small pieces. With "wb"
+        # np.save would write past the buffer, and a full disk would be an error without a reason.
+        with open(unfinished, "wb+", buffering=2**20) as f:
+            yield f
+            f.flush()
+            try:
+                os.fsync(f.fileno())
+            except OSError as error:  # a file system that has no fsync is no reason to stop
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+        os.replace(unfinished, path)
+    except BaseException:  # Ctrl-C too
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        raise
 
 
 class UserError(Exception):

@@ -43,6 +43,7 @@ import http.client
 import json
 import math
 import os
+import socket
 import urllib.request
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import Parser, UserError, blame, gpt2_encoding, one_line, run_program
+from fineweb import Parser, UserError, atomic_write, blame, gpt2_encoding, one_line, run_program
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
@@ -77,7 +78,9 @@ def download(path=PATH, url=URL, sha256=SHA256):
         raise UserError(f"{url}: {one_line(error)}; {by_hand}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{url} sent something else than HellaSwag's validation set; {by_hand}")
-    with blame(path), open(path, "wb") as f:
+    # Machines that share the folder may download at the same time.
+    unfinished = f"{path}.{socket.gethostname()}.{os.getpid()}"
+    with blame(path), atomic_write(path, unfinished) as f:
         f.write(data)
 
 

@@ -811,7 +811,10 @@ def save_checkpoint(path, step, cfg, model, optimizer):
         optimizer=optimizer.state_dict(),
         step=step,
     )
-    torch.save(checkpoint, path)
+    # Always the same unfinished file: what a kill leaves of it is written over.
+    unfinished = os.path.join(os.path.dirname(path), "model.pt.tmp")
+    with fineweb.atomic_write(path, unfinished) as f:
+        torch.save(checkpoint, f)
 
 
 def restore(checkpoint, cfg, optimizer):
@@ -902,7 +905,7 @@ def cut_log(path, step):
         return
     with open(path, "rb") as f:
         lines = f.readlines()
-    with open(path, "wb") as f:
+    with fineweb.atomic_write(path) as f:
         for line in lines:
             match = re.fullmatch(rb"(\d+) \w+ \S+\n", line)
             if match and int(match[1]) < step:

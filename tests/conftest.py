@@ -1,6 +1,8 @@
 """pytest's set-up: --history, and what several test files need."""
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +168,22 @@ def run(tmp_path):
 def compiler(monkeypatch):
     """Let torch.compile compile, in this process and those that it starts."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+
+
+def heed_signals():
+    """Undo what a process would inherit: a shell's & ignores SIGINT, nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def forkserver():
+    """Return what starts processes by forking one that has imported what a run needs.
+
+    A start takes no time then. AdamW would import torch._dynamo.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_gpt2", "torch._dynamo"])
+    return context
 
 
 def damaged(data, cuts, flips):

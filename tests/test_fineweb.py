@@ -1,4 +1,5 @@
 """fineweb.py, with the real `datasets` and a hub on loopback: what it writes, what it refuses."""
+import errno
 import json
 import os
 import subprocess
@@ -39,6 +40,10 @@ def read(folder, shard_size):
     assert all(len(shard) == shard_size for shard in shards[:-1])
     assert 0 < len(shards[-1]) <= shard_size
     return np.concatenate(shards)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def write_jsonl(path, texts):
@@ -120,6 +125,35 @@ def test_a_document_may_be_longer_than_a_shard(tmp_path):
     assert np.array_equal(np.concatenate(shards), np.concatenate(documents))
     assert np.array_equal(read(tmp_path / "whole", 10), np.concatenate(documents))
     assert progress == dict(shards=4, tokens=36)
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with fineweb.atomic_write(tmp_path / "a"):
+            assert not (tmp_path / "a").exists()
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").write_bytes(b"before")
+    with pytest.raises(ZeroDivisionError):
+        with fineweb.atomic_write(tmp_path / "a") as f:
+            f.write(b"after" * 10**6)
+            1 / 0
+    assert contents(tmp_path) == {"a": b"before"}
+
+
+@pytest.mark.parametrize("code, is_ignored", [("EINVAL", True), ("ENOTSUP", True), ("EIO", False)])
+def test_a_file_system_without_fsync(tmp_path, monkeypatch, code, is_ignored):
+    def fsync(descriptor):
+        raise OSError(getattr(errno, code), code)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    try:
+        with fineweb.atomic_write(tmp_path / "a") as f:
+            f.write(b"all of it")
+    except OSError:
+        assert not is_ignored and not list(tmp_path.iterdir())
+    else:
+        assert is_ignored and contents(tmp_path) == {"a": b"all of it"}
 
 
 # Local files
@@ -215,6 +249,24 @@ def test_one_line_for_an_error_and_its_cause(fails):
     message = fails(load)
     for part in ("--dataset a", "this is what happened", "No space left on device", "; advice"):
         assert part in message
+
+
+# The real processes
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    (tmp_path / "long.txt").write_text(" ".join(TEXTS) * 18_000)
+    (tmp_path / "small").mkdir()
+    program = " ".join(PROGRAM)
+    command = (f"mount -t tmpfs -o size=640k none small && {program} --files long.txt --out small "
+               "--shard_size 100000 --workers 1; echo $?; ls small")
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=100)
+    assert "fineweb.py: --out small: No space left on device" in done.stderr.splitlines()
+    shards = [fineweb.shard_name(number) for number in range(3)]
+    assert sorted(done.stdout.split()) == sorted(["2", *shards])
 
 
 # The hub

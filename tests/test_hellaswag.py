@@ -3,13 +3,15 @@ import functools
 import hashlib
 import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import offline
 import pytest
 import torch
-from conftest import EXAMPLES, damaged
+from conftest import EXAMPLES, ROOT, damaged
 
 import fineweb
 import hellaswag
@@ -86,6 +88,63 @@ def test_no_server(tmp_path, fails):
     url = "http://127.0.0.1:9/val.jsonl"
     message = fails(hellaswag.download, str(tmp_path / "val.jsonl"), url)
     assert url in message and "refused" in message
+
+
+def test_a_download_that_cannot_be_saved_leaves_nothing(server, tmp_path, fails, monkeypatch):
+    def no_room(descriptor):
+        raise OSError(28, "No space left on device")
+
+    server.behaviours = ["good"]
+    monkeypatch.setattr(fineweb.os, "fsync", no_room)
+    path = str(tmp_path / "val.jsonl")
+    message = fails(hellaswag.download, path, server.url, SHA256)
+    assert path in message and "No space left" in message
+    assert os.listdir(tmp_path) == []
+
+
+PROBE = """
+import functools, multiprocessing, os, sys
+import hellaswag, torch.distributed as dist
+
+replace, together = os.replace, multiprocessing.Barrier(3)
+
+def replace_together(*paths):
+    together.wait(60)
+    replace(*paths)
+
+os.replace = replace_together
+url, sha256, store = sys.argv[1:]
+hellaswag.download = functools.partial(hellaswag.download, url=url, sha256=sha256)
+children = []
+for rank, local_rank in enumerate((0, 1, 0, 0)):
+    child = os.fork()
+    if child == 0:
+        os.environ["LOCAL_RANK"] = str(local_rank)
+        dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=4)
+        os._exit(len(hellaswag.load_examples(1024)))
+    children.append(child)
+for child in children:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that torch is imported only once")
+def test_machines_that_share_a_folder_download_at_once(server, tmp_path):
+    """Three machines share a folder. The first has two processes, of which one downloads."""
+    with open(EXAMPLES, "rb") as f:
+        server.body = b"".join(f.readlines()[:12])
+    server.behaviours = ["good", "good", "good"]
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    sha256 = hashlib.sha256(server.body).hexdigest()
+    command = [sys.executable, "-c", PROBE, server.url, sha256, str(tmp_path / "store")]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True,
+                          timeout=100)
+    assert done.stdout.split() == ["12"] * 4, done.stderr
+    assert os.listdir(folder) == [hellaswag.PATH]
+    assert (folder / hellaswag.PATH).read_bytes() == server.body
+    assert server.behaviours == []
 
 
 def test_a_damaged_file_is_refused_or_can_be_read(tmp_path):
