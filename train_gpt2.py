@@ -13,9 +13,11 @@ import contextlib
 import functools
 import math
 import os
+import pickle
 import re
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -835,11 +837,20 @@ def load_checkpoint(path):
     Raises UserError when it can't be read, is damaged, or is not ours.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch's format
+            # Compare checksums. torch.load would take a flipped bit for a weight.
+            if archive.testzip() is not None:  # it names the first part that is damaged
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
+    except pickle.UnpicklingError:  # it holds more than tensors and plain values
+        checkpoint = None
     except Exception as error:  # any: PyTorch raises many kinds for wrong bytes
         raise UserError(f"{path} is damaged, or is no checkpoint") from error
+    needed = {"model", "model_config", "train_config", "optimizer", "step"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UserError(f"{path} was saved by another program, or by another version of this one")
     return checkpoint
 
 
@@ -864,10 +875,18 @@ def find_checkpoints(folder):
 
 
 def newest_checkpoint(folder):
-    """Return the newest checkpoint in folder, or None where there is none. Raises UserError."""
+    """Return the newest checkpoint in folder that is whole, or None where there is none at all.
+
+    Warns of each that is passed over. Raises UserError when none of them can be loaded.
+    """
     steps = find_checkpoints(folder)
+    for step in steps:
+        try:
+            return load_checkpoint(checkpoint_path(folder, step))
+        except UserError as error:
+            print0(f"warning: passed over a checkpoint: {error}", file=sys.stderr)
     if steps:
-        return load_checkpoint(checkpoint_path(folder, steps[0]))
+        raise UserError(f"{folder}: none of its checkpoints can be loaded")
     return None
 
 

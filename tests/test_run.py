@@ -10,12 +10,12 @@ import hub
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, SHAPE, SMALL, losses, val_losses
+from conftest import EXAMPLES, SHAPE, SMALL, damaged, losses, val_losses
 
 import fineweb
 import hellaswag
 import train_gpt2
-from fineweb import gpt2_encoding
+from fineweb import UserError, gpt2_encoding
 from train_gpt2 import GPT, GPTConfig, evaluate, launch, load_checkpoint
 
 LOG = Path("log/log.txt")
@@ -204,6 +204,27 @@ def test_hellaswag_scores_a_checkpoint(train, capsys):
     assert shown == [f"{right / 20:.4f}"]
 
 
+def test_no_damage_of_a_checkpoint_goes_unseen(train):
+    train(checkpoint_interval=2, max_steps=2)
+    whole = load_checkpoint("log/model_00002.pt")
+    data = Path("log/model_00002.pt").read_bytes()
+    # The end has names, places and sizes: a hundredth of the file, and most of its pitfalls.
+    body, end = data[:-20_000], data[-20_000:]
+    seen = 0
+    for spoilt in [*damaged(data, 5, 20), *(body + part for part in damaged(end, 5, 30))]:
+        Path("spoilt.pt").write_bytes(spoilt)
+        try:
+            checkpoint = load_checkpoint("spoilt.pt")
+        except UserError as error:
+            assert "\n" not in str(error)
+            seen += 1
+        else:  # a date, say, or the space between two records
+            assert str(checkpoint) == str(whole)
+            pairs = zip(checkpoint["model"].values(), whole["model"].values())
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert seen > 30
+
+
 # -----------------------------------------------------------------------------
 # Going on
 
@@ -328,6 +349,15 @@ def test_resume_begins_where_there_is_no_checkpoint(train):
     assert files("log") == ["log.txt", "model_00000.pt", "model_00006.pt"]
 
 
+def test_resume_where_all_checkpoints_are_damaged(train, fails):
+    train(checkpoint_interval=6)
+    for number in (0, 6):
+        spoil(f"log/model_{number:05d}.pt")
+    before = {name: Path("log", name).read_bytes() for name in files("log")}
+    assert "log" in fails(train, resume=True)
+    assert {name: Path("log", name).read_bytes() for name in files("log")} == before
+
+
 def test_a_checkpoint_of_another_version_is_refused(train, fails):
     train(checkpoint_interval=6)
     for number in (0, 6):
@@ -335,6 +365,25 @@ def test_a_checkpoint_of_another_version_is_refused(train, fails):
         checkpoint["train_config"]["of_the_future"] = 1
         torch.save(checkpoint, f"log/model_{number:05d}.pt")
     assert "another version" in fails(launch, dict(max_steps=8), resume=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, capsys):
+    model, _ = train(checkpoint_interval=2, max_steps=8)
+    log = LOG.read_text()
+    for name in ("model_00006.pt", "model_00008.pt"):
+        data = Path("log", name).read_bytes()
+        Path("log", name).write_bytes(data[: len(data) // 3])
+    capsys.readouterr()
+    resumed = launch({}, resume=True)
+    out, err = capsys.readouterr()
+    assert "Going on after 4 of 8 updates" in out
+    lines = err.splitlines()
+    assert all(line.startswith("warning: ") for line in lines)
+    assert ["model_00008.pt" in line for line in lines] == [True, False]
+    assert ["model_00006.pt" in line for line in lines] == [False, True]
+    assert same(model, resumed) and LOG.read_text() == log
+    for name in ("model_00006.pt", "model_00008.pt"):
+        load_checkpoint(f"log/{name}")
 
 
 def test_a_run_lets_go_of_the_checkpoint_that_it_came_from(train, monkeypatch):
