@@ -459,6 +459,8 @@ class TrainConfig:
     hellaswag_interval: int = setting(250, "updates between HellaSwags; 0: none", zero_ok=True)
     sample_interval: int = setting(250, "updates between samples; 0: none", zero_ok=True)
     checkpoint_interval: int = setting(5000, "save every so many updates; 0: don't", zero_ok=True)
+    checkpoint_minutes: float = setting(30.0, "also every so many minutes; 0: don't", zero_ok=True)
+    keep_checkpoints: int = setting(3, "keep so many of the newest, and each 5000th update's")
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
@@ -634,7 +636,7 @@ def main(given, resume, device, rank, world):
     # gradients, so that all make the same update.
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
-    saver = CheckpointSaver(cfg, model, optimizer)
+    saver = CheckpointSaver(cfg, model, optimizer, checkpoint)
     log = Log(cfg.log_dir)
     print_plan(cfg, model, loader, device, dtype, checkpoint)
     checkpoint = None  # let go of the tensors that nobody uses any more
@@ -890,22 +892,49 @@ def newest_checkpoint(folder):
     return None
 
 
-class CheckpointSaver:
-    """Know when a checkpoint is due, and save it."""
+KEPT_FOR_GOOD = 5000  # the checkpoint of each 5000th update is never removed
 
-    def __init__(self, cfg, model, optimizer):
+
+class CheckpointSaver:
+    """Know when a checkpoint is due, save it, and remove old ones."""
+
+    def __init__(self, cfg, model, optimizer, checkpoint):
         self.cfg = cfg
         self.state = (cfg, model, optimizer)
+        # The step of the newest checkpoint; what we resumed from counts.
+        self.saved_step = None if checkpoint is None else checkpoint["step"]
+        self.tried_at = time.monotonic()
 
     def is_due(self, step, last_step):
-        """Return whether it is time: now and then, and at the end."""
+        """Return whether it is time: at the start and the end, by updates, and by minutes."""
+        minutes = self.cfg.checkpoint_minutes
+        if step == self.saved_step:
+            return False
+        if self.cfg.checkpoint_interval == 0 and minutes == 0:  # only at a stop, then
+            return False
+        if step == 0 or last_step:
+            return True
+        if minutes > 0 and time.monotonic() - self.tried_at > 60 * minutes:
+            return True
         return is_due(self.cfg.checkpoint_interval, step, last_step)
 
     def save(self, step):
-        """Save log_dir/model_{step}.pt."""
+        """Save log_dir/model_{step}.pt, and remove old ones."""
         path = checkpoint_path(self.cfg.log_dir, step)
+        self.tried_at = time.monotonic()
         save_checkpoint(path, step, *self.state)
+        self.saved_step = step
         print0(f"step {step:5d} | saved {path}")
+        self.remove_old(step)
+
+    def remove_old(self, step):
+        """Remove old checkpoints. The newest keep_checkpoints stay, and each 5000th update's."""
+        # A later one is damaged: --resume passed over it.
+        saved = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
+        for number in saved[self.cfg.keep_checkpoints :]:
+            if number == 0 or number % KEPT_FOR_GOOD != 0:
+                with contextlib.suppress(OSError):  # an old file too many is no reason to end
+                    os.remove(checkpoint_path(self.cfg.log_dir, number))
 
 
 def take_over_folder(log_dir, checkpoint):

@@ -88,6 +88,7 @@ SMALL = dict(
     eval_interval=0,
     sample_interval=0,
     checkpoint_interval=0,
+    checkpoint_minutes=0.0,
 )
 
 

@@ -225,11 +225,30 @@ def test_no_damage_of_a_checkpoint_goes_unseen(train):
     assert seen > 30
 
 
+def test_the_newest_checkpoints_are_kept_and_every_so_manieth(train, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "KEPT_FOR_GOOD", 2)
+    train(checkpoint_interval=1, max_steps=7, keep_checkpoints=2)
+    kept = [2, 4, 6, 7]
+    assert files("log") == ["log.txt", *(f"model_0000{step}.pt" for step in kept)]
+
+
+def test_a_checkpoint_every_so_many_minutes(train):
+    train(checkpoint_minutes=1e-9, max_steps=3, keep_checkpoints=9)
+    assert files("log") == ["log.txt", *(f"model_0000{step}.pt" for step in range(4))]
+
+
+@pytest.mark.parametrize("minutes, saved", [(30.0, ["model_00000.pt", "model_00006.pt"]), (0.0, [])])
+def test_the_end_is_saved_unless_saving_is_off(train, minutes, saved):
+    train(checkpoint_interval=0, checkpoint_minutes=minutes)
+    assert files("log") == ["log.txt", *saved]
+
+
 # -----------------------------------------------------------------------------
 # Going on
 
 EVERYTHING = dict(
-    eval_interval=3, sample_interval=10, checkpoint_interval=1, val_tokens=200,
+    eval_interval=3, sample_interval=10, checkpoint_interval=1, keep_checkpoints=100,
+    val_tokens=200,
 )
 
 
@@ -303,15 +322,18 @@ def test_resume_compiled_and_nothing_compiles_again(train, compiler):
 
 
 def test_flags_win_over_the_checkpoint(train):
-    train(checkpoint_interval=1, seed=7, weight_decay=0.5)
+    train(checkpoint_interval=1, keep_checkpoints=9, seed=7, weight_decay=0.5)
     assert len(files("log")) == 8
     # What is given counts, and be it the default.
-    words = "--resume --max_steps 8 --eval_interval 8".split()
+    words = "--resume --max_steps 8 --eval_interval 8 --keep_checkpoints 3".split()
     given, options = train_gpt2.parse_flags(words)
     _, out = train(resume=options.resume, **given)
     assert len(losses(out)) == 2 and len(val_losses(out)) == 1
+    kept = ["log.txt", "model_00006.pt", "model_00007.pt", "model_00008.pt"]
+    assert files("log") == kept
     checkpoint = load_checkpoint("log/model_00008.pt")
-    assert checkpoint["train_config"]["seed"] == 7
+    config = checkpoint["train_config"]
+    assert config["keep_checkpoints"] == 3 and config["seed"] == 7
     assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     train(resume=True, max_steps=9, weight_decay=0.25)
     checkpoint = load_checkpoint("log/model_00009.pt")
@@ -433,7 +455,7 @@ def plant(monkeypatch, steps, way):
 @pytest.mark.parametrize("way", ["loss", "gradient"])
 def test_a_number_gone_bad_never_reaches_the_weights(train, capsys, monkeypatch, way):
     plant(monkeypatch, [2, 4], way)
-    launch(SMALL | dict(checkpoint_interval=1))
+    launch(SMALL | dict(checkpoint_interval=1, keep_checkpoints=9))
     out = capsys.readouterr().out
     assert re.findall(r"^step +(\d+) \| skipped: .* 1 in a row", out, re.M) == ["2", "4"]
     assert re.findall(r"^step +(\d+) .* norm: nan", out, re.M) == ["2", "4"]
