@@ -647,7 +647,7 @@ def main(given, resume, device, rank, world):
         last_step = step == cfg.max_steps
 
         if rank == 0 and saver.is_due(step, last_step):
-            saver.save(step)
+            saver.save(step, must_work=step == 0 or last_step)
 
         if is_due(cfg.eval_interval, step, last_step):
             with autocast(device, dtype):
@@ -713,7 +713,7 @@ def main(given, resume, device, rank, world):
 
         if gone_bad:
             if rank == 0:
-                saver.save(step + 1)
+                saver.save(step + 1, must_work=True)
             if world > 1:
                 dist.barrier()  # nobody leaves before it is saved
             raise UserError(f"step {step}: loss or gradient was not finite {skipped} times in "
@@ -791,11 +791,16 @@ class Log:
         self.can_write = int(os.environ.get("RANK", 0)) == 0
 
     def write(self, step, kind, value):
-        """Add a line."""
+        """Add a line. When that fails there is a warning, and no further try."""
         if not self.can_write:
             return
-        with open(self.path, "a", encoding="utf-8", newline="\n") as f:
-            f.write(f"{step} {kind} {value:.6f}\n")
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as f:
+                f.write(f"{step} {kind} {value:.6f}\n")
+        except OSError as error:
+            print0(f"warning: {self.path} can't be written ({one_line(error)}); the run goes on "
+                   "without it", file=sys.stderr)
+            self.can_write = False
 
 
 # -----------------------------------------------------------------------------
@@ -918,14 +923,29 @@ class CheckpointSaver:
             return True
         return is_due(self.cfg.checkpoint_interval, step, last_step)
 
-    def save(self, step):
-        """Save log_dir/model_{step}.pt, and remove old ones."""
+    def save(self, step, must_work):
+        """Save log_dir/model_{step}.pt, and remove old ones.
+
+        A disk that fails is a warning. What must work is tried three times, and then raises
+        UserError.
+        """
         path = checkpoint_path(self.cfg.log_dir, step)
         self.tried_at = time.monotonic()
-        save_checkpoint(path, step, *self.state)
-        self.saved_step = step
-        print0(f"step {step:5d} | saved {path}")
-        self.remove_old(step)
+        for _ in range(3 if must_work else 1):
+            try:
+                save_checkpoint(path, step, *self.state)
+            except (OSError, RuntimeError) as error:
+                # PyTorch's writer raises a RuntimeError while it handles the disk's error, which is
+                # then the context.
+                problem = f"{path} can't be saved: {one_line(error.__context__ or error)}"
+                print0(f"warning: {problem}", file=sys.stderr)
+                continue
+            self.saved_step = step
+            print0(f"step {step:5d} | saved {path}")
+            self.remove_old(step)
+            return
+        if must_work:
+            raise UserError(f"--log_dir {self.cfg.log_dir}: {problem}")
 
     def remove_old(self, step):
         """Remove old checkpoints. The newest keep_checkpoints stay, and each 5000th update's."""

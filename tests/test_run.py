@@ -1,8 +1,11 @@
 """What a run does beside training: evaluations, the log, checkpoints, and going on from them."""
+import errno
 import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import hub
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, SHAPE, SMALL, damaged, losses, val_losses
+from conftest import EXAMPLES, ROOT, SHAPE, SMALL, damaged, flags, losses, val_losses
 
 import fineweb
 import hellaswag
@@ -180,6 +183,39 @@ def test_a_log_folder_that_cannot_be_written(train, fails):
 
 
 # -----------------------------------------------------------------------------
+# The log
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(train, capsys, monkeypatch):
+    get_lr = train_gpt2.get_lr
+
+    def spoils(step, cfg):
+        if step == 1:
+            os.remove(LOG)
+            os.mkdir(LOG)  # a folder has its name now
+        return get_lr(step, cfg)
+    monkeypatch.setattr(train_gpt2, "get_lr", spoils)
+    launch(SMALL | dict(max_steps=3, eval_interval=1))
+    out, err = capsys.readouterr()
+    assert len(losses(out)) == 3
+    warnings = [line for line in err.splitlines() if "log.txt" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: ")
+
+
+def test_a_log_that_is_removed_or_spoilt_is_written_on(train):
+    model, _ = train(checkpoint_interval=3)
+    whole = LOG.read_bytes()
+    os.remove("log/model_00006.pt")
+    LOG.write_bytes(whole + b"\xff\xfe\n7 tra")
+    resumed, _ = train(resume=True)
+    assert LOG.read_bytes() == whole and same(model, resumed)
+    os.remove("log/model_00006.pt")
+    os.remove(LOG)
+    train(resume=True)
+    assert LOG.read_bytes() == b"".join(whole.splitlines(keepends=True)[3:])
+
+
+# -----------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -241,6 +277,71 @@ def test_a_checkpoint_every_so_many_minutes(train):
 def test_the_end_is_saved_unless_saving_is_off(train, minutes, saved):
     train(checkpoint_interval=0, checkpoint_minutes=minutes)
     assert files("log") == ["log.txt", *saved]
+
+
+def fail_to_save(monkeypatch, saves):
+    """Have the disk fail at the saves of these numbers. The first save is number 0."""
+    fsync = os.fsync
+    number = -1
+
+    def fails(fd):
+        nonlocal number
+        if os.fstat(fd).st_size > 10**6:  # log.txt is smaller
+            number += 1
+            if number in saves:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", fails)
+
+
+def test_a_save_that_fails_is_a_warning_and_the_next_one_tries_again(train, capsys, monkeypatch):
+    fail_to_save(monkeypatch, {1})  # at step 2
+    launch(SMALL | dict(checkpoint_interval=2))
+    out, err = capsys.readouterr()
+    assert [line.startswith("warning: ") for line in err.splitlines()] == [True]
+    assert "model_00002.pt" in err and os.strerror(errno.EIO) in err
+    assert len(losses(out)) == 6
+    assert files("log") == ["log.txt", "model_00000.pt", "model_00004.pt", "model_00006.pt"]
+    load_checkpoint("log/model_00004.pt")
+
+
+@pytest.mark.parametrize("first", [0, 3])  # at the beginning; at the end
+def test_a_save_that_must_work_is_tried_three_times(train, fails, monkeypatch, first):
+    step = 2 * first
+    with monkeypatch.context() as patch:
+        fail_to_save(patch, {first, first + 1})
+        train(checkpoint_interval=2)
+    assert train_gpt2.find_checkpoints("log")[0] == 6
+    fail_to_save(monkeypatch, {first, first + 1, first + 2})
+    message = fails(train, checkpoint_interval=2)
+    assert "--log_dir log" in message and f"model_{step:05d}.pt" in message
+    assert not list(Path("log").glob("*.tmp"))
+
+
+def test_a_full_disk_is_one_line_and_older_checkpoints_are_whole(small, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    Path("kept").mkdir()
+    Path("probe.py").write_text(
+        "import train_gpt2\n"
+        f"train_gpt2.MODEL_SIZES['laptop'] = {SHAPE}\n"
+        "train_gpt2.fineweb.run_program(train_gpt2.command)\n"
+    )
+    words = " ".join(flags(checkpoint_interval=2, log_dir="disk/log"))
+    command = (f"mkdir disk && mount -t tmpfs -o size=30m none disk && "
+               f"{sys.executable} probe.py {words}; echo status $?; cp disk/log/* kept")
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], env=env, capture_output=True,
+                          text=True, timeout=100)
+    *warnings, line = done.stderr.splitlines()
+    assert len(warnings) == 3  # it was tried three times
+    assert "status 2" in done.stdout and "Traceback" not in done.stderr
+    assert line.startswith("probe.py: --log_dir disk/log") and os.strerror(errno.ENOSPC) in line
+    assert all(line.startswith("warning: ") for line in warnings)
+    found = [name for name in files("kept") if name.endswith(".pt")]
+    assert found == ["model_00000.pt", "model_00002.pt", "model_00004.pt"]
+    for name in found:
+        load_checkpoint(f"kept/{name}")
 
 
 # -----------------------------------------------------------------------------
