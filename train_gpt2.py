@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import time
 import zipfile
@@ -589,14 +590,15 @@ def launch(given, resume=False):
     if world > 1:
         meet_others(device)
 
-    model = main(given, resume, device, rank, world)
+    with contextlib.closing(StopRequest()) as stop:
+        model = main(given, resume, device, rank, world, stop)
     if world > 1:
         dist.destroy_process_group()
     return model
 
 
-def main(given, resume, device, rank, world):
-    """Train a model and return it. given, resume: as in launch()."""
+def main(given, resume, device, rank, world, stop):
+    """Train a model and return it. given, resume: as in launch(). stop: a StopRequest."""
     # Where does the run begin, and with which settings?
     log_dir = given.get("log_dir", TrainConfig.log_dir)
     checkpoint = newest_checkpoint(log_dir) if resume else None
@@ -641,6 +643,7 @@ def main(given, resume, device, rank, world):
     print_plan(cfg, model, loader, device, dtype, checkpoint)
     checkpoint = None  # let go of the tensors that nobody uses any more
 
+    stop.listen()
     skipped = 0  # how many updates in a row had a number that isn't finite
     x, y = fetch_batch(loader, device)
     for step in range(first_step, cfg.max_steps + 1):  # `step` updates are done
@@ -691,9 +694,13 @@ def main(given, resume, device, rank, world):
             x, y = fetch_batch(loader, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
+        # Sum over the processes: their losses, and a 1 from each that was asked to stop
+        asked = torch.full_like(loss_accum, float(stop.is_requested()))
+        sums = torch.stack((loss_accum, asked))
         if world > 1:
-            dist.all_reduce(loss_accum)  # the sum over the processes
-        mean_loss = loss_accum.item() / world  # waits for the GPU, so that dt is right
+            dist.all_reduce(sums)
+        loss_sum, num_asked = sums.tolist()  # waits for the GPU, so that dt is right
+        mean_loss = loss_sum / world
 
         # A number that isn't finite would make every weight NaN, for good. So skip the update.
         if math.isfinite(mean_loss) and math.isfinite(norm):
@@ -711,13 +718,16 @@ def main(given, resume, device, rank, world):
         print0(line)
         log.write(step, "train", mean_loss)
 
-        if gone_bad:
+        if num_asked > 0 or gone_bad:
             if rank == 0:
                 saver.save(step + 1, must_work=True)
             if world > 1:
                 dist.barrier()  # nobody leaves before it is saved
-            raise UserError(f"step {step}: loss or gradient was not finite {skipped} times in "
-                            "a row; a lower --max_lr may help")
+            if gone_bad:
+                raise UserError(f"step {step}: loss or gradient was not finite {skipped} times in "
+                                "a row; a lower --max_lr may help")
+            print0(f"stopped after {step + 1} of {cfg.max_steps} updates; --resume goes on")
+            break
     return model
 
 
@@ -749,7 +759,7 @@ def fetch_batch(loader, device):
 
 
 def print_plan(cfg, model, loader, device, dtype, checkpoint):
-    """Print what is about to happen."""
+    """Say in plain words what is about to happen, on what, and how to stop it."""
     source = f"the preset {cfg.model}"
     first_step = 0
     if checkpoint is not None:
@@ -771,6 +781,7 @@ def print_plan(cfg, model, loader, device, dtype, checkpoint):
            "process.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
     print0(f"Log and checkpoints: {cfg.log_dir}/")
+    print0("Ctrl-C saves and stops after the next update. The same command with --resume goes on.")
     if checkpoint is not None:
         print0(f"Going on after {first_step} of {cfg.max_steps} updates.")
 
@@ -1109,6 +1120,46 @@ def fitting_batch_size(T, total_batch_size, device, world):
     while rows % B != 0:
         B //= 2
     return B
+
+
+class StopRequest:
+    """Remember that the run was asked to stop, by Ctrl-C or another signal.
+
+    A second Ctrl-C, more than a second later, ends the program at once.
+    """
+
+    def __init__(self):
+        self.requested_at = None
+        self.old_handlers = {}
+
+    def listen(self):
+        """From now on notice the signals of terminals, of schedulers, and of limits."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+            number = getattr(signal, name, None)  # Windows lacks most of them
+            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup, for one, wants SIGHUP to be ignored
+            self.old_handlers[number] = signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        """Python calls this when a signal arrives."""
+        now = time.monotonic()
+        if self.requested_at is None:
+            self.requested_at = now
+            if int(os.environ.get("RANK", 0)) == 0:
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    # not print(), which may be the very thing that the signal interrupted
+                    os.write(2, b"asked to stop: after the next update, and its save\n")
+        elif number == signal.SIGINT and now - self.requested_at > 1:  # torchrun sends it twice
+            raise KeyboardInterrupt
+
+    def is_requested(self):
+        """Return whether the run was asked to stop."""
+        return self.requested_at is not None
+
+    def close(self):
+        """Let signals do again what they did before."""
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------

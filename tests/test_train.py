@@ -243,6 +243,8 @@ def test_the_first_lines_of_a_run(train):
         "2 micro-batches of 2 x 16",
         "laptop",
         "log/",
+        "Ctrl-C",
+        "--resume",
     ):
         assert word in beginning, word
     train_data, _ = train_gpt2.load_data("text.txt")

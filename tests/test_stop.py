@@ -1,0 +1,248 @@
+"""A run that is asked to stop, whose processes die, or become more or fewer, goes on as if nothing
+had happened."""
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHAPE, forkserver, heed_signals
+
+import train_gpt2
+
+context = forkserver()
+
+FLAGS = (
+    "--data text.txt --model laptop --seq_len 16 --total_batch_size 64 --max_steps 40 "
+    "--max_lr 1e-2 --warmup_steps 2 --dtype float32 --device cpu --eval_interval 10 "
+    "--val_tokens 200 --sample_interval 0 --checkpoint_interval 20"
+).split()
+# A small model. Step AT begins only when the file go_AT is there, and with AT=evaluation so does
+# the first batch of an evaluation. Each process notes that it ended well.
+PROBE = f"SHAPE = {SHAPE}" + """
+import os, sys, time, train_gpt2
+train_gpt2.MODEL_SIZES["laptop"] = SHAPE
+at, rank = os.environ["AT"], os.environ.get("RANK", 0)
+get_lr, evaluate = train_gpt2.get_lr, train_gpt2.evaluate
+
+def wait(place):
+    if str(place) == at:
+        open(f"waits_{at}_{rank}", "w").close()
+        while not os.path.exists(f"go_{at}"):
+            time.sleep(0.01)
+
+def wait_in_step(step, cfg):
+    wait(step)
+    return get_lr(step, cfg)
+
+def wait_in_evaluation(*args):
+    wait("evaluation")
+    return evaluate(*args)
+
+train_gpt2.get_lr = wait_in_step
+train_gpt2.evaluate = wait_in_evaluation
+train_gpt2.fineweb.run_program(train_gpt2.command)
+open(f"ended_{at}_{rank}", "w").close()
+"""
+
+
+def be_a_process(folder, words, at, rank, world, port, elsewhere):
+    """Be one of the processes of a run in folder: what torchrun would start, without torchrun."""
+    os.chdir(elsewhere or folder)
+    sys.stdout = sys.stderr = open(folder / f"out_{at}_{rank}.txt", "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    heed_signals()
+    os.environ["AT"] = str(at)
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                          LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    sys.argv = ["probe.py", *FLAGS, *words]
+    exec(PROBE, {})
+
+
+class Run:
+    """A run in a folder, of processes that are forked from one that has imported everything.
+
+    They start at once, where torchrun takes ten seconds.
+    """
+
+    def __init__(self, folder, *words, at="", processes=1, elsewhere=()):
+        write_text(folder)
+        port = free_port()
+        self.outs = [folder / f"out_{at}_{rank}.txt" for rank in range(processes)]
+        self.processes = []
+        for rank in range(processes):
+            place = dict(elsewhere).get(rank)
+            args = (folder, words, at, rank, processes, port, place)
+            self.processes.append(context.Process(target=be_a_process, args=args))
+            self.processes[-1].start()
+
+    def read(self):
+        """Return what the processes have printed so far."""
+        return "".join(out.read_text() for out in self.outs if out.exists())
+
+    def poll(self):
+        """Return None while they all run."""
+        return next((p.exitcode for p in self.processes if p.exitcode is not None), None)
+
+    def signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def end(self):
+        """Wait for the end of all. Return (what they printed, their exit statuses)."""
+        for process in self.processes:
+            process.join(100)
+        return self.read(), [process.exitcode for process in self.processes]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def write_text(folder):
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+def wait_for(path, process):
+    """Wait for a file that process, a Run or a Popen, makes."""
+    while not path.exists():
+        if process.poll() is not None:
+            pytest.fail(process.read() if isinstance(process, Run) else process.communicate()[0])
+        time.sleep(0.01)
+def stop(folder, at, name, processes, *words):
+    """Start a run in folder, send it a signal where it waits, and return its output."""
+    run = Run(folder, *words, at=at, processes=processes)
+    for rank in range(processes):
+        wait_for(folder / f"waits_{at}_{rank}", run)
+    run.signal(getattr(signal, name))
+    while "asked to stop" not in run.read():  # the request has arrived
+        assert run.poll() is None, run.read()
+        time.sleep(0.01)
+    (folder / f"go_{at}").touch()
+    out, statuses = run.end()
+    assert statuses == [0] * processes and "Traceback" not in out, out
+    for rank in range(processes):
+        assert (folder / f"ended_{at}_{rank}").exists(), out  # it ended well
+    assert out.count("asked to stop") == 1
+    done = re.search(r"^stopped after (\d+) of 40 updates.*--resume", out, re.M)
+    assert done and f"saved log/model_{int(done[1]):05d}.pt\n" in out
+    return out
+
+
+def resume_here(folder, capsys):
+    """Go on with the run in folder, in this process, to its end. Return what it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(train_gpt2.MODEL_SIZES, "laptop", SHAPE)
+        train_gpt2.launch(dict(device="cpu"), resume=True)
+    return capsys.readouterr().out
+
+
+def last_weights(folder):
+    return list(torch.load(folder / "log" / "model_00040.pt")["model"].values())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Return (the log, the weights, the folder) of the run that nobody stops, in this process."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    write_text(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(train_gpt2.MODEL_SIZES, "laptop", SHAPE)
+        train_gpt2.launch(train_gpt2.parse_flags(FLAGS)[0])
+    return (folder / "log" / "log.txt").read_text(), last_weights(folder), folder
+
+
+def equals(folder, unbroken):
+    """Tell whether the run in folder left what the unbroken one did, to the last bit."""
+    log, weights, _ = unbroken
+    same_log = (folder / "log" / "log.txt").read_text() == log
+    return same_log and all(map(torch.equal, last_weights(folder), weights))
+
+
+def like(folder, log):
+    """Tell whether the log in folder is log, but for differences below 1e-4."""
+    ours = [line.split() for line in (folder / "log" / "log.txt").read_text().splitlines()]
+    theirs = [line.split() for line in log.splitlines()]
+    if [line[:2] for line in ours] != [line[:2] for line in theirs]:
+        return False
+    return all(abs(float(a[2]) - float(b[2])) < 1e-4 for a, b in zip(ours, theirs))
+
+
+def test_a_signal_stops_the_run_and_leaves_no_trace(tmp_path, unbroken, capsys):
+    out = stop(tmp_path, "evaluation", "SIGINT", 1)
+    assert "stopped after 1 of 40" in out  # the evaluation is finished, and the update behind it
+    out = resume_here(tmp_path, capsys)
+    assert "after 1 of 40 updates" in out and equals(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_each_of_these_signals_is_a_request(name, capfd):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    with contextlib.closing(train_gpt2.StopRequest()) as stop:
+        stop.listen()
+        assert not stop.is_requested()
+        os.kill(os.getpid(), number)
+        assert stop.is_requested()
+    assert "asked to stop" in capfd.readouterr().err
+    assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, before)
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path):
+    run = Run(tmp_path, at=3)
+    wait_for(tmp_path / "waits_3_0", run)
+    run.signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert run.poll() is None  # the step isn't done
+    run.signal(signal.SIGINT)
+    out, statuses = run.end()
+    assert statuses == [130] and "Traceback" not in out
+def test_ctrl_c_before_the_first_step(tmp_path):
+    (tmp_path / "probe.py").write_text(f"""
+import runpy, time, torch
+
+def wait(precision):
+    open("waits", "w").close()
+    time.sleep(100)
+
+torch.set_float32_matmul_precision = wait  # called when the program gets ready
+runpy.run_path("{ROOT / 'train_gpt2.py'}", run_name="__main__")
+""")
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, "probe.py"], cwd=tmp_path, env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_signals)
+    wait_for(tmp_path / "waits", process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100)[1] == "" and process.returncode == 130
+
+
+def test_another_number_of_processes_goes_on(tmp_path, unbroken, capsys):
+    # One process has done 20 updates when its machine fails.
+    log = unbroken[2] / "log"
+    (tmp_path / "log").mkdir()
+    shutil.copy(log / "log.txt", tmp_path / "log")
+    shutil.copy(log / "model_00020.pt", tmp_path / "log")
+
+    run = Run(tmp_path, "--resume", at=25, processes=2)
+    wait_for(tmp_path / "waits_25_1", run)
+    os.kill(run.processes[1].pid, signal.SIGTERM)  # one is asked, and all stop
+    (tmp_path / "go_25").touch()
+    out, statuses = run.end()
+    assert statuses == [0, 0] and re.search(r"^stopped after 2[67] of 40", out, re.M), out
+
+    stop(tmp_path, 33, "SIGINT", 4, "--resume")
+    out = resume_here(tmp_path, capsys)
+    assert "after 34 of 40 updates" in out and like(tmp_path, unbroken[0])
