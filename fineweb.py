@@ -24,6 +24,7 @@ from importlib.metadata import distribution
 
 import numpy as np
 import tiktoken
+from filelock import FileLock, Timeout
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
@@ -133,10 +134,10 @@ class ShardWriter:
 def main(argv=None):
     """Write the shards. Raises UserError if that can't be done."""
     args = parse_arguments(argv)
-    os.makedirs(args.out, exist_ok=True)
-    progress = dict(shards=0, tokens=0)
-    tokenize_all(args, progress)
-    finish(args, progress)
+    with lock_folder(args.out, "--out"):
+        progress = dict(shards=0, tokens=0)
+        tokenize_all(args, progress)
+        finish(args, progress)
 
 
 def parse_arguments(argv):
@@ -380,6 +381,29 @@ def atomic_write(path, unfinished=None):
         if os.path.exists(unfinished):
             os.remove(unfinished)
         raise
+
+
+@contextmanager
+def lock_folder(folder, flag):
+    """Keep folder for this process within the block. Make it, if it isn't there.
+
+    flag: the flag that names the folder. Raises UserError when another process has it.
+    """
+    with blame(f"{flag} {folder}"):
+        os.makedirs(folder, exist_ok=True)
+    # filelock's fallback, a file that says "locked", would outlive a process that is killed.
+    lock = FileLock(os.path.join(folder, ".lock"), fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{flag} {folder}: another run is at work there; give another") from None
+    except OSError as error:
+        print(f"warning: {folder} can't be locked ({one_line(error)}); see to it yourself that "
+              "only one run uses it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class UserError(Exception):

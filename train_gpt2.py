@@ -590,7 +590,13 @@ def launch(given, resume=False):
     if world > 1:
         meet_others(device)
 
-    with contextlib.closing(StopRequest()) as stop:
+    # The first process alone writes to log_dir, so it alone locks it.
+    lock = contextlib.nullcontext()
+    if rank == 0:
+        lock = fineweb.lock_folder(given.get("log_dir", TrainConfig.log_dir), "--log_dir")
+    with lock, contextlib.closing(StopRequest()) as stop:
+        if world > 1:
+            dist.barrier()  # nobody looks for a checkpoint before the folder is locked
         model = main(given, resume, device, rank, world, stop)
     if world > 1:
         dist.destroy_process_group()
@@ -629,7 +635,7 @@ def main(given, resume, device, rank, world, stop):
     if checkpoint is not None:
         restore(checkpoint, cfg, optimizer)
 
-    # All is well: the log of an earlier run may be overwritten now.
+    # All is well: now an earlier run's files may be moved, or its log cut.
     if rank == 0:
         take_over_folder(cfg.log_dir, checkpoint)
     # Both have the same parameters. Only training is compiled: sampling would compile many times.
@@ -969,13 +975,28 @@ class CheckpointSaver:
 
 
 def take_over_folder(log_dir, checkpoint):
-    """Make log_dir, and begin an empty log, or cut it to the checkpoint. Raises UserError."""
+    """Put an earlier run's files aside, or cut its log to the checkpoint. Raises UserError."""
     with blame(f"--log_dir {log_dir}"):
-        os.makedirs(log_dir, exist_ok=True)
         if checkpoint is None:
-            open(os.path.join(log_dir, "log.txt"), "w").close()
+            put_earlier_run_aside(log_dir)
         else:
             cut_log(os.path.join(log_dir, "log.txt"), checkpoint["step"])
+
+
+def put_earlier_run_aside(log_dir):
+    """Move an earlier run's log.txt and model_*.pt into a numbered folder within log_dir."""
+    names = [name for name in os.listdir(log_dir)
+             if re.fullmatch(r"log\.txt|model_\d{5,}\.pt", name)]
+    if not names:
+        return
+    number = 1
+    while os.path.exists(os.path.join(log_dir, f"log.{number}")):
+        number += 1
+    folder = os.path.join(log_dir, f"log.{number}")
+    os.mkdir(folder)
+    for name in names:
+        os.rename(os.path.join(log_dir, name), os.path.join(folder, name))
+    print0(f"an earlier run was in {log_dir}; its log and checkpoints are in {folder} now")
 
 
 def cut_log(path, step):

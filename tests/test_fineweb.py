@@ -216,6 +216,7 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
     ("--files empty.jsonl", ["--files empty.jsonl", "no text"]),
     ("--files empty.txt", ["--files empty.txt", "no text"]),
     ("--files a.jsonl --max_tokens 100", ["--max_tokens 100", "--shard_size"]),
+    ("--files a.jsonl --out a.jsonl/x", ["--out a.jsonl/x"]),
 ])
 def test_what_cannot_be_done_is_one_line(folder, fails, flags, names):
     write_jsonl(folder / "a.jsonl", TEXTS)
@@ -252,6 +253,20 @@ def test_one_line_for_an_error_and_its_cause(fails):
 
 
 # The real processes
+
+
+def test_two_in_one_folder(folder, fails):
+    (folder / "a.txt").write_text(TEXTS[0])
+    script = "import fineweb\nwith fineweb.lock_folder('s', '--out'):\n print('ready')\n input()"
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
+    other = subprocess.Popen([sys.executable, "-c", script], env=environment,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "ready\n"
+    assert "--out s" in fails(make, "s", "--files", "a.txt")
+    other.kill()
+    other.communicate()
+    make("s", "--files", "a.txt")
+    assert np.array_equal(read("s", 6), expected(TEXTS[:1]))
 
 
 def test_a_full_disk_is_one_line(tmp_path):

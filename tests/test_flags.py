@@ -144,11 +144,13 @@ def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, st
     (tmp_path / "short.txt").write_text("To be or")
     (tmp_path / "my.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "folder").mkdir()
+    (tmp_path / "log").mkdir()
     before = sorted(tmp_path.iterdir())
     message = fails(start, [*flags(max_steps=3), *words.split()])
     for word in named:
         assert word in message
     assert sorted(tmp_path.iterdir()) == before  # nothing was harmed, and nothing left behind
+    assert set(os.listdir("log")) <= {".lock"}
 
 
 def test_the_program_then_ends_with_status_2(run, tmp_path):

@@ -136,6 +136,29 @@ def test_kill_it_while_it_saves(tmp_path):
         assert kill_and_go_on(folder) == "a save"
         assert result(folder) == whole
         assert not list((folder / "log").glob("*.tmp"))
+
+
+def test_a_second_run_in_the_folder_does_the_first_no_harm(tmp_path):
+    whole, _ = unbroken(make_folder(tmp_path / "whole"))
+    folder = make_folder(tmp_path / "shared")
+    first = start(folder)
+    while not (folder / "log" / "model_00004.pt").exists():
+        assert first.is_alive()
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)  # it is there, and does nothing
+    before = (folder / "out.txt").read_text()
+    for flags in ("", " --resume"):
+        second = start(folder, flags)
+        second.join(100)
+        assert second.exitcode == 2
+    os.kill(first.pid, signal.SIGCONT)
+    finish(first)
+    refused = [line for line in (folder / "out.txt").read_text().splitlines()
+               if "--log_dir log: " in line]
+    assert len(refused) == 2 and "--log_dir" not in before
+    assert result(folder) == whole
+
+
 if __name__ == "__main__":
     kills = int(sys.argv[1])
     with tempfile.TemporaryDirectory() as name:

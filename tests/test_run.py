@@ -1,9 +1,11 @@
 """What a run does beside training: evaluations, the log, checkpoints, and going on from them."""
 import errno
+import gc
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES, ROOT, SHAPE, SMALL, damaged, flags, losses, val_losses
+from filelock import FileLock
 
 import fineweb
 import hellaswag
@@ -45,8 +48,8 @@ def same(model, other):
 
 
 def files(folder):
-    """Return the names in folder, sorted."""
-    return sorted(os.listdir(folder))
+    """Return the names in folder, sorted, without the lock."""
+    return sorted(name for name in os.listdir(folder) if name != ".lock")
 
 
 def spoil(path):
@@ -178,8 +181,67 @@ def test_hellaswag_that_is_too_long_for_the_model(train, fails):
 # The folder
 
 
+def test_an_earlier_run_is_put_aside_and_nothing_else(train):
+    os.makedirs("log/mine")
+    others = ["mine", "model_best.pt", "notes.txt"]
+    for name in others[1:]:
+        Path("log", name).write_text(name)
+    for seed in (1, 2, 3):
+        _, out = train(seed=seed, max_steps=1, checkpoint_interval=1)
+    assert "log.2" in out
+    ours = ["log.txt", "model_00000.pt", "model_00001.pt"]
+    assert files("log") == sorted(["log.1", "log.2", *others, *ours])
+    assert files("log/log.1") == files("log/log.2") == ours
+    logs = [Path(folder, "log.txt").read_text() for folder in ("log/log.1", "log/log.2", "log")]
+    assert len(set(logs)) == 3
+    assert load_checkpoint("log/log.1/model_00001.pt")["train_config"]["seed"] == 1
+
+
+def test_the_folder_may_be_the_one_we_are_in(train):
+    for seed in (1, 2):
+        train(seed=seed, max_steps=1, checkpoint_interval=1, log_dir=".")
+    ours = ["log.txt", "model_00000.pt", "model_00001.pt"]
+    assert files(".") == sorted(["log.1", "text.txt", *ours]) and files("log.1") == ours
+
+
 def test_a_log_folder_that_cannot_be_written(train, fails):
     assert "--log_dir text.txt/log" in fails(train, log_dir="text.txt/log")
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(train, fails):
+    train(checkpoint_interval=3)
+    before = {name: Path("log", name).read_bytes() for name in files("log")}
+    with FileLock("log/.lock"):
+        for resume in (False, True):
+            assert "--log_dir log" in fails(train, resume=resume)
+    assert {name: Path("log", name).read_bytes() for name in files("log")} == before
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_without_locks_is_a_warning(train, capsys, monkeypatch, code):
+    import fcntl
+
+    def flock(*args):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    launch(SMALL | dict(max_steps=1))
+    out, err = capsys.readouterr()
+    assert len(losses(out)) == 1
+    assert [line.startswith("warning: log ") for line in err.splitlines()] == [True]
+
+
+def test_a_run_that_ended_by_an_error_holds_nothing(train, fails, monkeypatch):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def crashes(*args):
+        raise ZeroDivisionError
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "get_lr", crashes)
+        with pytest.raises(ZeroDivisionError) as error:  # which keeps all that launch() had
+            train()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    train(max_steps=1)
+    assert error.value is not None
 
 
 # -----------------------------------------------------------------------------
@@ -315,6 +377,7 @@ def test_a_save_that_must_work_is_tried_three_times(train, fails, monkeypatch, f
     fail_to_save(monkeypatch, {first, first + 1, first + 2})
     message = fails(train, checkpoint_interval=2)
     assert "--log_dir log" in message and f"model_{step:05d}.pt" in message
+    assert LOG.exists() == (step > 0)
     assert not list(Path("log").glob("*.tmp"))
 
 
@@ -422,6 +485,39 @@ def test_resume_compiled_and_nothing_compiles_again(train, compiler):
     assert LOG.read_text() == log and same(model, resumed)
 
 
+def crash(function, *args, **kwargs):
+    """Call a function that raises ZeroDivisionError, and leave nothing of it behind."""
+    try:
+        function(*args, **kwargs)
+    except ZeroDivisionError:
+        gc.collect()
+        return
+    pytest.fail("it did not crash")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sample"])
+def test_a_crash_in_an_evaluation_loses_nothing(train, monkeypatch, name):
+    settings = dict(eval_interval=2, sample_interval=2, checkpoint_interval=2)
+    model, whole = train(**settings)
+    log = LOG.read_text()
+    function = getattr(train_gpt2, name)
+    calls = 0
+
+    def crashes(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # at step 4
+            raise ZeroDivisionError
+        return function(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, name, crashes)
+        crash(train, **settings)
+    assert train_gpt2.find_checkpoints("log") == [4, 2, 0]
+    resumed, out = train(resume=True)
+    assert same(model, resumed) and LOG.read_text() == log  # each evaluation once
+    assert len(losses(out)) == 2
+
+
 def test_flags_win_over_the_checkpoint(train):
     train(checkpoint_interval=1, keep_checkpoints=9, seed=7, weight_decay=0.5)
     assert len(files("log")) == 8
@@ -468,8 +564,11 @@ def test_what_a_run_was_begun_with_stays(train, fails):
 
 
 def test_resume_begins_where_there_is_no_checkpoint(train):
+    os.mkdir("log")
+    LOG.write_text("0 train 1.0\n")  # of an earlier run
     launch(SMALL | dict(checkpoint_interval=6, max_steps=6), resume=True)
-    assert files("log") == ["log.txt", "model_00000.pt", "model_00006.pt"]
+    assert files("log") == ["log.1", "log.txt", "model_00000.pt", "model_00006.pt"]
+    assert Path("log/log.1/log.txt").read_text() == "0 train 1.0\n"
 
 
 def test_resume_where_all_checkpoints_are_damaged(train, fails):
