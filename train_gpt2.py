@@ -11,6 +11,7 @@ itself: launch() and main(). A first reader can stop there. What follows is what
 import argparse
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import pickle
@@ -609,6 +610,7 @@ def main(given, resume, device, rank, world, stop):
     log_dir = given.get("log_dir", TrainConfig.log_dir)
     checkpoint = newest_checkpoint(log_dir) if resume else None
     first_step = 0 if checkpoint is None else checkpoint["step"]
+    check_agreement(world, first_step=first_step)
     cfg = choose_config(given, checkpoint, device)
     dtype = cfg.dtype or best_dtype(device)
 
@@ -625,6 +627,8 @@ def main(given, resume, device, rank, world, stop):
     val_tokens = val[: cfg.val_tokens + 1]  # + 1: nothing predicts the first one
     check_ids(val_tokens)
     token_bytes = mean_token_bytes(val_tokens[1:])
+    data_id = fingerprint([*arrays, val])
+    check_agreement(world, data=data_id, batch_size=B)
     first_row = first_step * cfg.total_batch_size // T
     shuffle_seed = cfg.seed if cfg.shuffle else None
     loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed, first_row)
@@ -633,7 +637,7 @@ def main(given, resume, device, rank, world, stop):
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
     if checkpoint is not None:
-        restore(checkpoint, cfg, optimizer)
+        restore(checkpoint, cfg, data_id, optimizer)
 
     # All is well: now an earlier run's files may be moved, or its log cut.
     if rank == 0:
@@ -644,7 +648,7 @@ def main(given, resume, device, rank, world, stop):
     # gradients, so that all make the same update.
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
-    saver = CheckpointSaver(cfg, model, optimizer, checkpoint)
+    saver = CheckpointSaver(cfg, model, optimizer, data_id, checkpoint)
     log = Log(cfg.log_dir)
     print_plan(cfg, model, loader, device, dtype, checkpoint)
     checkpoint = None  # let go of the tensors that nobody uses any more
@@ -824,7 +828,7 @@ class Log:
 # Checkpoints
 
 
-def save_checkpoint(path, step, cfg, model, optimizer):
+def save_checkpoint(path, step, cfg, model, optimizer, data_id):
     """Write all that a run needs to go on after `step` updates: tensors and plain values.
 
     The place in the data follows from the step, and an update draws no random numbers.
@@ -836,6 +840,7 @@ def save_checkpoint(path, step, cfg, model, optimizer):
         train_config=asdict(cfg),
         optimizer=optimizer.state_dict(),
         step=step,
+        data_id=data_id,
     )
     # Always the same unfinished file: what a kill leaves of it is written over.
     unfinished = os.path.join(os.path.dirname(path), "model.pt.tmp")
@@ -843,11 +848,14 @@ def save_checkpoint(path, step, cfg, model, optimizer):
         torch.save(checkpoint, f)
 
 
-def restore(checkpoint, cfg, optimizer):
+def restore(checkpoint, cfg, data_id, optimizer):
     """Put a checkpoint's state into the optimizer. Raises UserError."""
     if checkpoint["step"] > cfg.max_steps:
         raise UserError(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done "
                         "already")
+    if checkpoint["data_id"] != data_id:
+        raise UserError(f"--data {cfg.data}: the run in {cfg.log_dir} was begun with other data; "
+                        "give those, or leave out --resume to begin anew")
     # AdamW's averages (state) are the checkpoint's. The rate and the decay (param_groups) are this
     # run's.
     state = optimizer.state_dict()
@@ -872,7 +880,7 @@ def load_checkpoint(path):
         checkpoint = None
     except Exception as error:  # any: PyTorch raises many kinds for wrong bytes
         raise UserError(f"{path} is damaged, or is no checkpoint") from error
-    needed = {"model", "model_config", "train_config", "optimizer", "step"}
+    needed = {"model", "model_config", "train_config", "optimizer", "step", "data_id"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{path} was saved by another program, or by another version of this one")
     return checkpoint
@@ -920,9 +928,9 @@ KEPT_FOR_GOOD = 5000  # the checkpoint of each 5000th update is never removed
 class CheckpointSaver:
     """Know when a checkpoint is due, save it, and remove old ones."""
 
-    def __init__(self, cfg, model, optimizer, checkpoint):
+    def __init__(self, cfg, model, optimizer, data_id, checkpoint):
         self.cfg = cfg
-        self.state = (cfg, model, optimizer)
+        self.state = (cfg, model, optimizer, data_id)
         # The step of the newest checkpoint; what we resumed from counts.
         self.saved_step = None if checkpoint is None else checkpoint["step"]
         self.tried_at = time.monotonic()
@@ -1045,6 +1053,28 @@ def meet_others(device):
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(backend, device_id=device_id)
+
+
+def fingerprint(arrays):
+    """Return a short text that identifies the data: by the length and beginning of each array."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{len(array)} ".encode())
+        digest.update(array[:1000].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_agreement(world, **values):
+    """Raise UserError when the processes have different values, such as the checkpoint found."""
+    if world == 1:
+        return
+    found = [None] * world
+    dist.all_gather_object(found, values)  # every process gets the values of all
+    for name in values:
+        answers = [other[name] for other in found]
+        if len(set(answers)) > 1:
+            raise UserError(f"the processes have different values of {name}: {answers}; all need "
+                            "the same --data, --log_dir and --batch_size")
 
 
 def pick_device(name=None):

@@ -14,6 +14,7 @@ import train_gpt2
 from fineweb import gpt2_encoding
 from train_gpt2 import (
     DataLoaderLite,
+    fingerprint,
     load_data,
     load_text,
 )
@@ -184,6 +185,36 @@ def test_a_shard_without_tokens(tmp_path, fails):
     for number, n in enumerate((5, 0, 7)):
         fineweb.write_shard(tmp_path, number, np.arange(n, dtype=np.uint16))
     assert "edufineweb_train_000001.npy" in fails(load_data, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------
+# A fingerprint
+
+
+def test_other_data_have_another_fingerprint(tmp_path):
+    write_shards(tmp_path / "a")
+    write_shards(tmp_path / "same")
+    write_shards(tmp_path / "other size", shard_size=2900)
+    write_shards(tmp_path / "more", documents=310)
+    tokens = write_shards(tmp_path / "made anew")
+    fineweb.write_shard(tmp_path / "made anew", 3, tokens[:3000])
+    prints = {}
+    for folder in ("a", "same", "other size", "more", "made anew"):
+        arrays, val = load_data(tmp_path / folder)
+        prints[folder] = fingerprint([*arrays, val])
+    assert prints["a"] == prints["same"]
+    assert len(set(prints.values())) == 4
+
+
+def test_another_text_has_another_fingerprint(tmp_path):
+    path = tmp_path / "my.txt"
+    prints = []
+    for text in ("one and two " * 20, "one and two " * 20, "one and six " * 20, "one and " * 20):
+        path.write_text(text)
+        arrays, val = load_data(str(path))
+        prints.append(fingerprint([*arrays, val]))
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
 
 
 # -------------------------------------------------------------------------------------------------

@@ -79,3 +79,14 @@ def test_a_fault_of_one_process_names_it(start, tmp_path):
     assert 2 in statuses
     line, = re.findall(r"^probe\.py: .*$", out, re.M)
     assert "[rank 1]" in line and "--data text.txt" in line and "elsewhere" in line
+
+
+def test_processes_with_different_data_are_refused(start, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "text.txt").write_text("word" + " word" * 2000)
+    (tmp_path / "elsewhere" / "text.txt").write_text("ward" + " ward" * 2000)
+    move = "import os\nif os.environ['RANK'] == '1': os.chdir('elsewhere')\n"
+    settings = SETTINGS | dict(data="text.txt", hellaswag_interval=0)
+    out, statuses = start("probe.py", 2, *flags(**settings), before=move)
+    assert 2 in statuses and "| loss" not in out
+    assert re.search(r"^probe\.py: \[rank \d\] .*--data", out, re.M), out

@@ -560,7 +560,31 @@ def test_what_a_run_was_begun_with_stays(train, fails):
     assert "--model gpt2" in fails(train, resume=True, model="gpt2")
     for name, value in dict(seq_len=8, total_batch_size=128, seed=5, shuffle=False).items():
         assert f"--{name} {value}" in fails(train, resume=True, **{name: value})
+    text = Path("text.txt").read_text(encoding="utf-8")
+    Path("other.txt").write_text(text + " more", encoding="utf-8")
+    assert "--data other.txt" in fails(train, resume=True, data="other.txt")
+    Path("text.txt").write_text(text[::-1], encoding="utf-8")
+    message = fails(train, resume=True, max_steps=8)
+    assert "--data text.txt" in message and "--resume" in message
     assert files("log") == before
+    Path("same.txt").write_text(text, encoding="utf-8")
+    train(resume=True, data="same.txt", max_steps=8)
+
+
+def test_shards_that_were_made_anew_are_other_data(train, fails):
+    def make_shards(seed):
+        shutil.rmtree("shards", ignore_errors=True)
+        os.mkdir("shards")
+        random = np.random.default_rng(seed)
+        for number in range(2):
+            tokens = random.integers(50257, size=500).astype(np.uint16)
+            fineweb.write_shard("shards", number, tokens)
+    make_shards(1)
+    train(data="shards", checkpoint_interval=6)
+    make_shards(2)
+    assert "--data shards" in fails(train, resume=True, max_steps=8)
+    make_shards(1)
+    train(resume=True, max_steps=8)
 
 
 def test_resume_begins_where_there_is_no_checkpoint(train):

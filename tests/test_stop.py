@@ -246,3 +246,15 @@ def test_another_number_of_processes_goes_on(tmp_path, unbroken, capsys):
     stop(tmp_path, 33, "SIGINT", 4, "--resume")
     out = resume_here(tmp_path, capsys)
     assert "after 34 of 40 updates" in out and like(tmp_path, unbroken[0])
+
+
+def test_processes_that_find_different_checkpoints(tmp_path, unbroken):
+    for folder, checkpoints in ((tmp_path, (0, 20)), (tmp_path / "other", (0,))):
+        (folder / "log").mkdir(parents=True)
+        for number in checkpoints:
+            name = f"log/model_{number:05d}.pt"
+            os.link(unbroken[2] / name, folder / name)
+    run = Run(tmp_path, "--resume", processes=2, elsewhere={1: tmp_path / "other"})
+    out, statuses = run.end()
+    assert statuses == [2, 2]
+    assert re.search(r"^probe\.py: \[rank \d\] .*20.*--log_dir", out, re.M), out
