@@ -21,6 +21,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -468,6 +469,7 @@ class TrainConfig:
                           choices=("cuda", "mps", "cpu"))
     dtype: str = setting(None, "the type for matrix products", choices=("bfloat16", "float32"))
     compile: bool = setting(None, "use torch.compile")
+    timeout_minutes: float = setting(10.0, "how long processes wait for one that doesn't come")
 
 
 # How the settings of each preset differ from TrainConfig's defaults.
@@ -589,7 +591,7 @@ def launch(given, resume=False):
     device = pick_device(given.get("device"))
     prepare(device)
     if world > 1:
-        meet_others(device)
+        meet_others(device, rank, world, given.get("timeout_minutes", TrainConfig.timeout_minutes))
 
     # The first process alone writes to log_dir, so it alone locks it.
     lock = contextlib.nullcontext()
@@ -1048,11 +1050,14 @@ def print0(*args, file=None):
     print(*args, file=file, flush=True)
 
 
-def meet_others(device):
-    """Let torchrun's processes meet: NCCL connects GPUs, Gloo connects CPUs."""
+def meet_others(device, rank, world, timeout_minutes):
+    """Let torchrun's processes meet: NCCL connects GPUs, Gloo connects CPUs. Raises UserError."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, device_id=device_id)
+    timeout = timedelta(minutes=timeout_minutes)
+    print(f"process {rank} waits for all {world} processes", file=sys.stderr, flush=True)
+    with blame(f"--timeout_minutes {timeout_minutes}: not all processes came", dist.DistError):
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
 
 
 def fingerprint(arrays):
@@ -1255,7 +1260,7 @@ def choose_config(given, checkpoint, device):
                 raise UserError(f"--{name} {given[name]}: the run was begun with {base[name]}; "
                                 "leave it out")
         # These belong to the machine and the place where a run is started.
-        for name in ("log_dir", "device"):
+        for name in ("log_dir", "device", "timeout_minutes"):
             base[name] = getattr(TrainConfig, name)
         return TrainConfig(**(base | given))
 

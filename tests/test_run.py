@@ -546,11 +546,11 @@ def test_what_the_machine_decides_is_decided_anew(small):
 
 
 def test_the_folder_and_the_device_are_those_of_now(train, capsys):
-    train(checkpoint_interval=6)
+    train(checkpoint_interval=6, timeout_minutes=3.0)
     os.rename("log", "renamed")
     launch(dict(log_dir="renamed", max_steps=8), resume=True)
     config = load_checkpoint("renamed/model_00008.pt")["train_config"]
-    assert config["log_dir"] == "renamed"
+    assert config["log_dir"] == "renamed" and config["timeout_minutes"] == 10.0
     assert config["device"] is None and not os.path.exists("log")
 
 

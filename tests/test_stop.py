@@ -258,3 +258,24 @@ def test_processes_that_find_different_checkpoints(tmp_path, unbroken):
     out, statuses = run.end()
     assert statuses == [2, 2]
     assert re.search(r"^probe\.py: \[rank \d\] .*20.*--log_dir", out, re.M), out
+
+
+def test_a_partner_that_does_not_come(tmp_path):
+    run = Run(tmp_path, "--timeout_minutes", "0.03", processes=2)
+    run.processes[1].kill()
+    out, statuses = run.end()
+    assert statuses[0] == 2 and "Traceback" not in out
+    assert "waits for all 2 processes" in out
+    assert re.search(r"^probe\.py: \[rank 0\] .*--timeout_minutes 0.03", out, re.M), out
+
+
+def test_nobody_waits_for_ever(tmp_path):
+    run = Run(tmp_path, "--timeout_minutes", "0.05", "--max_steps", "100000",
+              "--checkpoint_interval", "4", processes=2)
+    wait_for(tmp_path / "log" / "model_00004.pt", run)
+    waiting, hanging = run.processes
+    os.kill(hanging.pid, signal.SIGSTOP)
+    waiting.join(60)
+    assert waiting.exitcode not in (None, 0)  # the one that waits ends by itself
+    hanging.kill()
+    run.end()
