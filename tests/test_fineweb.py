@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,31 @@ def test_it_loads_neither_torch_nor_datasets():
               " 'hellaswag', 'pyarrow'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_the_tokenizer_keeps_no_copy_of_its_files(tmp_path, monkeypatch):
+    cache = tmp_path / "file"
+    cache.touch()
+    for folder in (str(cache), str(tmp_path / "new"), None):  # the first can't be a folder
+        if folder is None:
+            monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+        else:
+            monkeypatch.setenv("TIKTOKEN_CACHE_DIR", folder)
+        gpt2_encoding.cache_clear()
+        assert gpt2_encoding().decode([15496, 995]) == "Hello world"
+        assert os.environ.get("TIKTOKEN_CACHE_DIR") == folder
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_damaged_file_of_the_tokenizer(tmp_path, monkeypatch, fails):
+    shutil.copytree(fineweb.tokenizer_folder(), tmp_path / "data")
+    monkeypatch.setattr(fineweb, "tokenizer_folder", lambda: tmp_path / "data")
+    for name in ("vocab.bpe", "encoder.json"):
+        data = (tmp_path / "data" / name).read_bytes()
+        (tmp_path / "data" / name).write_bytes(data[:-1] + b"x")
+        assert name in fails(gpt2_encoding.__wrapped__)
+        (tmp_path / "data" / name).write_bytes(data)
+    assert gpt2_encoding.__wrapped__().n_vocab == 50257
 
 
 def test_documents_are_tokenised_as_tiktoken_does():

@@ -1,4 +1,5 @@
 """OpenAI's weights, by way of Hugging Face: the same numbers come out, and go in again."""
+import json
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import offline
 import pytest
 import torch
 
+import fineweb
 import train_gpt2
 from train_gpt2 import GPT, load_model
 
@@ -67,6 +69,12 @@ def copy(folder, tmp_path, monkeypatch):
     return Path(shutil.copytree(folder, "copy"))
 
 
+def change_config(folder, **settings):
+    """Let folder's config.json have these settings."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 def refused(fails, folder):
     """Return what is said when folder is loaded."""
     message = fails(load_model, str(folder), "--init_from")
@@ -79,6 +87,40 @@ def test_where_there_is_no_gpt2(fails, tmp_path):
     for name in ("--model gpt2-huge", *train_gpt2.OPENAI_SIZES):
         assert name in message
     refused(fails, tmp_path)  # an empty folder
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model_type", "bert"),
+    ("vocab_size", 50258),
+    ("activation_function", "relu"),
+    ("layer_norm_epsilon", 1e-6),
+    ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", True),
+    ("tie_word_embeddings", False),
+    ("n_inner", 64),
+])
+def test_what_computes_something_else_is_refused(fails, copy, name, value):
+    change_config(copy, **{name: value})
+    message = refused(fails, copy)
+    assert name in message and str(value) in message
+
+
+def test_the_width_of_the_mlp_may_be_written_out(copy):
+    change_config(copy, n_inner=128)
+    assert load_model(str(copy), "--init_from").config.n_embd == 32
+
+
+def test_the_vocabulary_has_to_be_gpt2s(fails, copy):
+    path = copy / "vocab.json"
+    vocabulary = json.loads((fineweb.tokenizer_folder() / "encoder.json").read_text())
+    path.write_text(json.dumps(vocabulary, indent=1, sort_keys=True))  # the same in other bytes
+    load_model(str(copy), "--init_from")
+    words = ("hello", "there")
+    vocabulary |= {words[0]: vocabulary[words[1]], words[1]: vocabulary[words[0]]}
+    path.write_text(json.dumps(vocabulary))
+    assert "vocab.json" in refused(fails, copy)
+    path.write_text("{")
+    refused(fails, copy)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
@@ -94,3 +136,18 @@ def test_a_damaged_file_is_one_line(fails, copy, name):
     for damaged in (data[: len(data) // 2], b"", b"\0" * 1000):
         (copy / name).write_bytes(damaged)
         refused(fails, copy)
+
+
+def test_missing_weights_are_not_made_up(fails, copy):
+    from safetensors.torch import load_file, save_file
+
+    path = copy / "model.safetensors"
+    weights = load_file(path)
+    del weights["transformer.h.1.mlp.c_fc.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert "h.1.mlp.c_fc.bias" in refused(fails, copy)
+    weights["transformer.h.1.mlp.c_fc.bias"] = torch.zeros(128)
+    save_file(weights, path, metadata={"format": "pt"})
+    load_model(str(copy), "--init_from")
+    change_config(copy, n_positions=32)
+    assert "wpe.weight" in refused(fails, copy)
