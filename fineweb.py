@@ -80,7 +80,10 @@ def gpt2_encoding():
 
 
 def encode(text):
-    """Return the tokens of text, a str: (n,) uint16. <|endoftext|> in it is ordinary text."""
+    """Return the tokens of text, a str: (n,) uint16. <|endoftext|> in it is ordinary text.
+
+    Raises UnicodeEncodeError if text holds half of a surrogate pair, which is no character.
+    """
     tokens = gpt2_encoding().encode_to_numpy(text, disallowed_special=())  # (n,) uint32
     return tokens.astype(np.uint16)
 
@@ -90,11 +93,16 @@ def encode(text):
 
 
 def tokenize(text):
-    """Return the tokens of one document, (n,) uint16.
+    """Return the tokens of one document, (n,) uint16, or None if text can't be used.
 
     The first token is <|endoftext|>. It tells the model that something new begins.
     """
-    tokens = encode(text)
+    if not isinstance(text, str):
+        return None
+    try:
+        tokens = encode(text)
+    except UnicodeEncodeError:
+        return None
     end_of_text = np.array([gpt2_encoding().eot_token], dtype=np.uint16)
     return np.concatenate((end_of_text, tokens))
 
@@ -156,7 +164,7 @@ def main(argv=None):
     """Write the shards. Raises UserError if that can't be done."""
     args = parse_arguments(argv)
     with lock_folder(args.out, "--out"):
-        progress = dict(shards=0, tokens=0)
+        progress = dict(shards=0, tokens=0, skipped=0, first_skipped=None)
         tokenize_all(args, progress)
         finish(args, progress)
 
@@ -217,6 +225,10 @@ def write_shards(results, args, progress):
     with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens) as bar:
         for batch in results:
             for origin, tokens in batch:
+                if tokens is None:
+                    progress["skipped"] += 1
+                    progress["first_skipped"] = progress["first_skipped"] or origin
+                    tokens = np.empty(0, dtype=np.uint16)  # it still counts as a document
                 tokens = tokens[: limit - seen]
                 seen += len(tokens)
                 writer.add(tokens)
@@ -228,7 +240,10 @@ def write_shards(results, args, progress):
 
 
 def finish(args, progress):
-    """Tell what was written. Raises UserError if there is nothing to train on."""
+    """Tell what was written and skipped. Raises UserError if there is nothing to train on."""
+    if progress["skipped"]:
+        print(f"skipped documents, whose text can't be used: {progress['skipped']:,}. "
+              f"The first one: {progress['first_skipped']}", file=sys.stderr)
     if progress["tokens"] == 0:
         source = f"--files {args.files[0]}" if args.files else f"--dataset {args.dataset}"
         raise UserError(f"{source}: there is no text in it")
@@ -242,6 +257,7 @@ def finish(args, progress):
 # -------------------------------------------------------------------------------------------------
 # Reading documents. A document is (origin, text). origin is its place, for messages, such as
 # "HuggingFaceFW/fineweb-edu, row 3".
+# text should be a str. Anything else is skipped.
 
 
 def read_txt(path):
@@ -249,6 +265,7 @@ def read_txt(path):
 
     A file without <|endoftext|> is one document. Otherwise the line breaks around each document are
     removed. A document of white space only is left out.
+    One that isn't UTF-8 has the text None.
     """
     with open(path, "rb") as f:
         data = f.read()
@@ -256,8 +273,11 @@ def read_txt(path):
     for number, part in enumerate(parts, 1):
         if len(parts) > 1:
             part = part.strip(b"\r\n")
-        text = part.decode()
-        if text.strip():
+        try:
+            text = part.decode()
+        except UnicodeDecodeError:
+            text = None
+        if text is None or text.strip():
             yield f"{path}, document {number}", text
 
 
@@ -267,7 +287,11 @@ def read_jsonl(path):
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
-            text = json.loads(line)["text"]
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            text = row.get("text") if isinstance(row, dict) else None
             yield f"{path}, line {number}", text
 
 
@@ -284,7 +308,10 @@ def read_parquet(path):
         for batch in file.iter_batches(batch_size=128, columns=["text"]):
             for value in batch.column(0):
                 number += 1
-                text = value.as_py()
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    text = None
                 yield f"{path}, row {number}", text
 
 
@@ -334,7 +361,8 @@ def batches(documents):
     characters = 0
     for origin, text in documents:
         batch.append((origin, text))
-        characters += len(text)
+        if isinstance(text, str):
+            characters += len(text)
         if len(batch) == 128 or characters > 1_000_000:
             yield batch
             batch = []

@@ -310,6 +310,8 @@ def load_text(path):
     parts = []
     with blame(f"--data {path}"):
         for origin, text in fineweb.read_txt(path):
+            if text is None:
+                raise UserError(f"--data {origin}: it isn't UTF-8 text")
             if parts:
                 parts.append(end_of_text)
             parts.append(fineweb.encode(text))

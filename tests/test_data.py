@@ -95,6 +95,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     ("my.txt", b"", ["no text"]),
     ("my.txt", b"\n<|endoftext|>\n", ["no text"]),
     ("my.txt", b"Words.", ["too short"]),
+    ("my.txt", b"good<|endoftext|>caf\xe9", ["document 2", "UTF-8"]),
     ("my.jsonl", b'{"text": "a"}\n' * 100, ["fineweb.py --files my.jsonl"]),
     ("my.parquet", b"PAR1" * 100, ["fineweb.py --files my.parquet"]),
 ])

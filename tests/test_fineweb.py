@@ -127,6 +127,10 @@ def test_documents_are_tokenised_as_tiktoken_does():
         tokens = fineweb.tokenize(text)
         assert tokens.dtype == np.uint16
         assert tokens.tolist() == [50256, *gpt2_encoding().encode_ordinary(text)]
+    for bad in (None, 5, "a \ud83d b"):
+        assert fineweb.tokenize(bad) is None
+    with pytest.raises(UnicodeEncodeError):
+        fineweb.encode("a \ud83d b")
 
 
 # Shards
@@ -191,6 +195,7 @@ def test_a_file_system_without_fsync(tmp_path, monkeypatch, code, is_ignored):
     (b"\n\nno separator\r\n", ["\n\nno separator\r\n"]),
     (b"\xef\xbb\xbfa", ["a"]),
     (b"a<|endoftext|>b<|endoftext|>", ["a", "b"]),
+    (b"a<|endoftext|>caf\xe9<|endoftext|>b", ["a", None, "b"]),
     (b"one\ntwo\n<|endoftext|>\n three\r\n<|endoftext|>\n \n<|endoftext|>", ["one\ntwo", " three"]),
 ])
 def test_the_documents_of_a_text_file(tmp_path, content, documents):
@@ -231,6 +236,32 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
     assert os.listdir(folder) == ["home"]
 
 
+def test_what_cannot_be_used_is_skipped_and_counted(folder, capsys):
+    lines = [b'{"text": "good"}', b"", b'{"text": "a \\ud83d b"}', b'{"text": null}',
+             b'{"text": 5}', b'{"text": "bad byte \xff"}', b'{"text": bad', b'{"words": 1}',
+             b"[" * 100_000, b"[1]", b'{"text": "also good", "x": 1}',
+             b'{"text": "and this", "y": [2]}']
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "b.txt").write_bytes(b"one<|endoftext|>caf\xe9<|endoftext|>three")
+    make("s", "--files", "a.jsonl", "b.txt", shard_size=3)
+    texts = ["good", "also good", "and this", "one", "three"]
+    assert np.array_equal(read("s", 3), expected(texts))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert ": 9." in told and "a.jsonl, line 3" in told
+
+
+def test_rows_of_parquet_that_cannot_be_used(folder, capsys):
+    import pyarrow as pa
+
+    bad = pa.array([b"good", b"bad byte \xff", b"also good"]).view(pa.string())
+    write_parquet(folder / "a.parquet", dict(x=[1, 2, 3], text=bad))
+    write_parquet(folder / "b.parquet", dict(text=[None, "last"], y=[[1], None]))
+    make("s", "--files", "a.parquet", "b.parquet", shard_size=3)
+    assert np.array_equal(read("s", 3), expected(["good", "also good", "last"]))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert ": 2." in told and "a.parquet, row 2" in told
+
+
 @pytest.mark.parametrize("flags, names", [
     ("--shard_size 0", ["--shard_size 0"]),
     ("--workers many", ["--workers", "many"]),
@@ -239,6 +270,7 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
     ("--files a.docx", ["--files a.docx", ".txt", ".jsonl", ".parquet"]),
     ("--files b.parquet", ["--files b.parquet", "text", "words", "n"]),
     ("--files broken.parquet", ["--files broken.parquet"]),
+    ("--files b.jsonl", ["--files b.jsonl", "no text"]),
     ("--files empty.jsonl", ["--files empty.jsonl", "no text"]),
     ("--files empty.txt", ["--files empty.txt", "no text"]),
     ("--files a.jsonl --max_tokens 100", ["--max_tokens 100", "--shard_size"]),
@@ -246,6 +278,7 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
 ])
 def test_what_cannot_be_done_is_one_line(folder, fails, flags, names):
     write_jsonl(folder / "a.jsonl", TEXTS)
+    (folder / "b.jsonl").write_text('{"words": "a"}\n{"n": 1}\n')
     write_parquet(folder / "b.parquet", dict(words=TEXTS, n=[1, 2, 3]))
     (folder / "broken.parquet").write_bytes(b"PAR1 is how it should begin")
     (folder / "empty.jsonl").write_bytes(b"")

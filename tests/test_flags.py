@@ -131,6 +131,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--data short.txt", ["--data short.txt"]),
     ("--data short.txt --seq_len 1000 --total_batch_size 2000", ["--data short.txt"]),
     ("--seq_len 100000 --total_batch_size 200000", ["--data", "--seq_len"]),
+    ("--data cafe.txt", ["--data cafe.txt", "UTF-8"]),
     ("--data folder", ["--data folder", "fineweb.py"]),
     ("--data my.jsonl", ["--data my.jsonl", "fineweb.py --files my.jsonl"]),
     ("--device cuda", ["--device cuda", "cpu"]),
@@ -142,6 +143,7 @@ def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, st
     too_late = lambda *args: pytest.fail("it waits for the compiler first")
     monkeypatch.setattr(train_gpt2, "compile_model", too_late)
     (tmp_path / "short.txt").write_text("To be or")
+    (tmp_path / "cafe.txt").write_bytes(b"caf\xe9" * 100)
     (tmp_path / "my.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "folder").mkdir()
     (tmp_path / "log").mkdir()
