@@ -126,7 +126,9 @@ def write_shard(folder, number, tokens):
 class ShardWriter:
     """Lay documents end to end, and write a shard whenever one is full.
 
-    progress: a dict, which counts the `shards` and `tokens` that are written.
+    progress: a dict with what it takes to go on: how many `shards` and `tokens` are written, the
+    number of the `document` that comes next, and `place`: how many of its tokens are in a shard
+    already.
     """
 
     def __init__(self, folder, shard_size, progress):
@@ -137,7 +139,7 @@ class ShardWriter:
 
     def add(self, tokens):
         """Add a document, (n,) uint16. Raises UserError if the disk doesn't take a shard."""
-        place = 0  # how many of its tokens are laid down
+        place = self.progress["place"]  # not 0 for the first document of a run that goes on
         while place < len(tokens):  # a document may be longer than a shard
             room = len(self.shard) - self.filled
             part = tokens[place : place + room]
@@ -145,7 +147,10 @@ class ShardWriter:
             self.filled += len(part)
             place += len(part)
             if self.filled == len(self.shard):
+                self.progress["place"] = place
                 self.write()
+        self.progress["document"] += 1
+        self.progress["place"] = 0
 
     def write(self):
         """Write what there is as the next shard."""
@@ -153,6 +158,7 @@ class ShardWriter:
             write_shard(self.folder, self.progress["shards"], self.shard[: self.filled])
             self.progress["shards"] += 1
             self.progress["tokens"] += self.filled
+            write_progress(self.folder, self.progress)
         self.filled = 0
 
 
@@ -164,7 +170,7 @@ def main(argv=None):
     """Write the shards. Raises UserError if that can't be done."""
     args = parse_arguments(argv)
     with lock_folder(args.out, "--out"):
-        progress = dict(shards=0, tokens=0, skipped=0, first_skipped=None)
+        progress = begin(args)
         tokenize_all(args, progress)
         finish(args, progress)
 
@@ -250,6 +256,9 @@ def finish(args, progress):
     if progress["shards"] < 2:
         raise UserError(f"{progress['tokens']:,} tokens fill only the validation shard in "
                         f"{args.out}; give another --out, and a lower --shard_size")
+    progress["done"] = True
+    with blame(f"--out {args.out}"):
+        write_progress(args.out, progress)
     print(f"{progress['tokens']:,} tokens in {progress['shards']} shards in {args.out}, "
           "the first for validation")
 
@@ -401,6 +410,37 @@ def start_workers(count):
 def prepare_worker():
     """Get this worker process ready: load the tokenizer."""
     gpt2_encoding()
+
+
+# -------------------------------------------------------------------------------------------------
+# Progress: what makes the same command go on
+
+
+def begin(args):
+    """Return the progress of a run that begins.
+
+    Raises UserError if the folder can't be written.
+    """
+    # These decide which tokens are written. A file that has the same size and time is the same.
+    settings = dict(
+        dataset=args.dataset,
+        name=args.name,
+        shard_size=args.shard_size,
+        max_tokens=args.max_tokens,
+        files=[[path, os.path.getsize(path), os.path.getmtime(path)] for path in args.files or []],
+    )
+    # document and place: see ShardWriter
+    progress = dict(settings=settings, shards=0, tokens=0, document=0, place=0,
+                    skipped=0, first_skipped=None, done=False)
+    with blame(f"--out {args.out}"):
+        write_progress(args.out, progress)  # from here on the folder belongs to this run
+    return progress
+
+
+def write_progress(folder, progress):
+    """Write progress, a dict of plain values, to progress.json."""
+    with atomic_write(os.path.join(folder, "progress.json")) as f:
+        f.write(json.dumps(progress, indent=1).encode())
 
 
 # -------------------------------------------------------------------------------------------------

@@ -140,21 +140,30 @@ def write_documents(folder, documents, progress):
     """Write documents, a list of arrays, as shards of 10 tokens; return them all."""
     folder.mkdir()
     writer = fineweb.ShardWriter(folder, 10, progress)
-    for tokens in documents:
+    for tokens in documents[progress["document"] :]:
         writer.add(tokens)
     if writer.filled > 0:
         writer.write()
-    return [np.load(folder / fineweb.shard_name(i)) for i in range(progress["shards"])]
+    return [np.load(folder / fineweb.shard_name(i)) for i in range(progress["shards"])
+            if (folder / fineweb.shard_name(i)).exists()]
 
 
-def test_a_document_may_be_longer_than_a_shard(tmp_path):
+def test_a_document_may_be_longer_than_a_shard(tmp_path, monkeypatch):
     documents = [np.arange(n, dtype=np.uint16) for n in (3, 25, 1, 0, 7)]
-    progress = dict(shards=0, tokens=0)
-    shards = write_documents(tmp_path / "whole", documents, progress)
+    noted = [dict(shards=0, tokens=0, document=0, place=0)]
+
+    def note(folder, progress):
+        noted.append(progress.copy())
+
+    monkeypatch.setattr(fineweb, "write_progress", note)
+    shards = write_documents(tmp_path / "whole", documents, noted[0].copy())
     assert [len(shard) for shard in shards] == [10, 10, 10, 6]
     assert np.array_equal(np.concatenate(shards), np.concatenate(documents))
-    assert np.array_equal(read(tmp_path / "whole", 10), np.concatenate(documents))
-    assert progress == dict(shards=4, tokens=36)
+    assert [progress["tokens"] for progress in noted] == [0, 10, 20, 30, 36]
+    for i, progress in enumerate(noted[:5]):  # it can be begun again after each of them
+        rest = write_documents(tmp_path / str(i), documents, progress.copy())
+        assert len(rest) == 4 - i
+        assert all(np.array_equal(a, b) for a, b in zip(rest, shards[i:]))
 
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
@@ -311,6 +320,27 @@ def test_one_line_for_an_error_and_its_cause(fails):
         assert part in message
 
 
+# Going on
+
+
+def test_what_is_noted(folder, monkeypatch):
+    (folder / "a.txt").write_text(TEXTS[0])
+    write_progress = fineweb.write_progress
+    noted = []
+
+    def note(*args):
+        write_progress(*args)
+        noted.append(json.loads((folder / "s" / "progress.json").read_text()))
+
+    monkeypatch.setattr(fineweb, "write_progress", note)
+    make("s", "--files", "a.txt", shard_size=5)  # 12 tokens
+    assert [progress["shards"] for progress in noted] == [0, 1, 2, 3, 3]
+    assert [progress["document"] for progress in noted] == [0, 0, 0, 1, 1]
+    assert [progress["place"] for progress in noted] == [0, 5, 10, 0, 0]
+    assert [progress["done"] for progress in noted] == [False, False, False, False, True]
+    assert all(progress["settings"]["shard_size"] == 5 for progress in noted)
+
+
 # The real processes
 
 
@@ -340,7 +370,7 @@ def test_a_full_disk_is_one_line(tmp_path):
                           capture_output=True, text=True, timeout=100)
     assert "fineweb.py: --out small: No space left on device" in done.stderr.splitlines()
     shards = [fineweb.shard_name(number) for number in range(3)]
-    assert sorted(done.stdout.split()) == sorted(["2", *shards])
+    assert sorted(done.stdout.split()) == sorted(["2", "progress.json", *shards])
 
 
 # The hub
