@@ -8,6 +8,9 @@
 
 A shard is a NumPy file: one row of uint16, 100M tokens long. The last shard holds what is left.
 Shard 0 is for validation. Every document begins with the token <|endoftext|>.
+
+If it is stopped or killed, the same command goes on after the last whole shard. A file gets the
+name .npy only when it is complete.
 """
 import argparse
 import codecs
@@ -22,6 +25,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import distribution
+from itertools import islice
 
 import numpy as np
 import tiktoken
@@ -171,7 +175,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     with lock_folder(args.out, "--out"):
         progress = begin(args)
-        tokenize_all(args, progress)
+        if not progress["done"]:
+            tokenize_all(args, progress)
         finish(args, progress)
 
 
@@ -212,23 +217,30 @@ def parse_arguments(argv):
 
 
 def tokenize_all(args, progress):
-    """Write the shards."""
+    """Write the shards that are missing, and keep progress up to date."""
+    if progress["shards"]:
+        print(f"{args.out} holds {progress['shards']} whole shards already", file=sys.stderr)
     gpt2_encoding()  # if the tokenizer's files are damaged, this says so, once
     if args.files:
-        documents = read_files(args.files)
+        documents = islice(read_files(args.files), progress["document"], None)
     else:
-        documents = read_hub(args)
-    with start_workers(args.workers) as pool:
-        results = in_order(pool, tokenize_batch, batches(documents), 2 * args.workers)
-        write_shards(results, args, progress)
+        documents = read_hub(args, progress["document"])
+    try:
+        with start_workers(args.workers) as pool:
+            results = in_order(pool, tokenize_batch, batches(documents), 2 * args.workers)
+            write_shards(results, args, progress)
+    except KeyboardInterrupt:
+        print(f"\nstopped. {args.out} holds {progress['shards']} whole shards. The same command "
+              "goes on after them.", file=sys.stderr)
+        raise
 
 
 def write_shards(results, args, progress):
-    """Write the shards of results: lists of (origin, tokens)."""
+    """Write the shards of results: lists of (origin, tokens), from progress's `document` on."""
     writer = ShardWriter(args.out, args.shard_size, progress)
     limit = args.max_tokens or sys.maxsize
-    seen = 0  # tokens so far
-    with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens) as bar:
+    seen = progress["tokens"] - progress["place"]  # tokens of the documents before it
+    with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens, initial=seen) as bar:
         for batch in results:
             for origin, tokens in batch:
                 if tokens is None:
@@ -335,8 +347,8 @@ def read_files(paths):
             yield from read(path)
 
 
-def read_hub(args):
-    """Yield the documents of a data set on the hub.
+def read_hub(args, first):
+    """Yield the documents of a data set on the hub, from row `first` on, counted from 0.
 
     When the network fails, the hub's client and `datasets` try again for a while. Raises UserError
     when they give up.
@@ -348,8 +360,10 @@ def read_hub(args):
     with blame(f"--dataset {args.dataset}", Exception, advice):
         dataset = load_dataset(args.dataset, args.name, split="train", streaming=args.stream)
         dataset = dataset.select_columns("text")
-        number = 0
-        for rows in dataset.iter(batch_size=128):
+        if not args.stream and first == len(dataset):  # all are done; skip() would raise
+            return
+        number = first
+        for rows in dataset.skip(first).iter(batch_size=128):
             for text in rows["text"]:
                 number += 1
                 yield f"{args.dataset}, row {number}", text
@@ -417,9 +431,9 @@ def prepare_worker():
 
 
 def begin(args):
-    """Return the progress of a run that begins.
+    """Return the progress of an earlier run with the same settings, or that of a new one.
 
-    Raises UserError if the folder can't be written.
+    Raises UserError if the folder holds other shards.
     """
     # These decide which tokens are written. A file that has the same size and time is the same.
     settings = dict(
@@ -429,6 +443,17 @@ def begin(args):
         max_tokens=args.max_tokens,
         files=[[path, os.path.getsize(path), os.path.getmtime(path)] for path in args.files or []],
     )
+    progress = read_progress(args.out)
+    if progress is not None and progress["shards"] > 0:
+        for name, value in settings.items():
+            before = progress["settings"].get(name)
+            if before != value:
+                raise UserError(f"--out {args.out}: its shards were begun with {name} {before}, "
+                                f"not {value}; give another --out")
+        return progress
+    if progress is None and os.path.exists(os.path.join(args.out, shard_name(0))):
+        raise UserError(f"--out {args.out}: it holds shards already, and no progress.json that "
+                        "says of what; give another")
     # document and place: see ShardWriter
     progress = dict(settings=settings, shards=0, tokens=0, document=0, place=0,
                     skipped=0, first_skipped=None, done=False)
@@ -441,6 +466,34 @@ def write_progress(folder, progress):
     """Write progress, a dict of plain values, to progress.json."""
     with atomic_write(os.path.join(folder, "progress.json")) as f:
         f.write(json.dumps(progress, indent=1).encode())
+
+
+def read_progress(folder):
+    """Return what write_progress wrote, None if it never did. Raises UserError if it is damaged."""
+    path = os.path.join(folder, "progress.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as f:
+        text = f.read()
+    try:
+        progress = json.loads(text)
+    except ValueError:
+        progress = None
+    needed = {"settings", "shards", "tokens", "document", "place", "skipped", "first_skipped",
+              "done"}
+    if not isinstance(progress, dict) or not needed <= progress.keys():
+        raise UserError(f"{path} is damaged, or of another version of fineweb.py; give another "
+                        "--out")
+    return progress
+
+
+def is_finished(folder):
+    """Return whether fineweb.py has finished in folder, as far as its progress.json can tell."""
+    try:
+        progress = read_progress(folder)
+    except UserError:
+        return True
+    return progress is None or progress["done"]
 
 
 # -------------------------------------------------------------------------------------------------

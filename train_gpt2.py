@@ -335,6 +335,10 @@ def open_shards(folder):
         if name not in names:
             raise UserError(f"--data {folder}: {name} is missing, though there are later ones")
         arrays.append(open_shard(os.path.join(folder, name)))
+    if not fineweb.is_finished(folder):
+        print0(f"warning: fineweb.py has not finished in {folder}; give its command again to "
+               "finish. A run that begins now can't be resumed when there are more shards.",
+               file=sys.stderr)
     return arrays[1:], arrays[0]
 
 

@@ -82,14 +82,17 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, name):
         file = self.server.folder / name
         etag = name.replace("/", "-")
+        fault = None
+        if self.command == "GET" and name.endswith(".parquet") and self.server.faults:
+            fault = self.server.faults.pop(0)
         if name == "README.md":
             self.send(README, etag=etag)
         elif file.is_file():
-            self.send(file.read_bytes(), etag=etag)
+            self.send(file.read_bytes(), etag=etag, cut=fault == "cut")
         else:
             self.send(b"", status=404, error="EntryNotFound")
 
-    def send(self, body, status=200, etag="x", error=None):
+    def send(self, body, status=200, etag="x", error=None, cut=False):
         total = len(body)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and status == 200:
@@ -108,20 +111,24 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", SHA)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection |= cut
 
     def log_message(self, *args):
         pass
 
 
-def environment(folder):
+def environment(folder, faults=()):
     """Serve the documents from folder, an empty one.
 
     Returns the environment in which `datasets` finds them.
+    faults: what befalls the first requests for parquet files, one after another: "cut" (the
+    connection ends after half of the answer).
     """
     make_parquet(folder / "hub", make_documents())
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.folder = folder / "hub"
+    server.faults = faults
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     # Without USE_TORCH `datasets` imports torch for a stream, and doesn't use it.

@@ -188,6 +188,21 @@ def test_a_shard_without_tokens(tmp_path, fails):
     assert "edufineweb_train_000001.npy" in fails(load_data, tmp_path)
 
 
+def test_unfinished_shards_are_warned_about(tmp_path, capsys):
+    write_shards(tmp_path / "shards")
+    load_data(tmp_path / "shards")
+    assert capsys.readouterr().err == ""  # another program's shards
+    progress = dict(settings={}, shards=2, tokens=0, document=0, place=0, skipped=0,
+                    first_skipped=None, done=False)
+    fineweb.write_progress(tmp_path / "shards", progress)
+    load_data(tmp_path / "shards")
+    warning = capsys.readouterr().err
+    assert "warning" in warning and str(tmp_path / "shards") in warning
+    fineweb.write_progress(tmp_path / "shards", progress | dict(done=True))
+    load_data(tmp_path / "shards")
+    assert capsys.readouterr().err == ""
+
+
 # -------------------------------------------------------------------------------------------------
 # A fingerprint
 

@@ -2,9 +2,13 @@
 import errno
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +17,11 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for python tests/test_fineweb.py
 
-import fineweb
-import hub
-from fineweb import gpt2_encoding
+import fineweb  # noqa: E402
+import hub  # noqa: E402
+from fineweb import gpt2_encoding  # noqa: E402
 
 PROGRAM = [sys.executable, str(ROOT / "fineweb.py")]
 TEXTS = ["The first document.\nIt has two lines.\n", "", "The third: 中文, and emoji 🙂."]
@@ -63,10 +68,22 @@ def make(out, *flags, shard_size=6):
     fineweb.main(["--out", str(out), "--shard_size", str(shard_size), "--workers", "1", *flags])
 
 
+def is_finished(folder):
+    return fineweb.read_progress(folder)["done"]
+
+
 def run_fineweb(folder, *flags, environment=None):
     """Run fineweb.py in folder; return the finished process."""
     return subprocess.run([*PROGRAM, *flags], cwd=folder, env=environment, capture_output=True,
                           text=True, timeout=100)
+
+
+def wait_for(condition):
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    assert condition()
 
 
 @pytest.fixture
@@ -193,6 +210,16 @@ def test_a_file_system_without_fsync(tmp_path, monkeypatch, code, is_ignored):
         assert not is_ignored and not list(tmp_path.iterdir())
     else:
         assert is_ignored and contents(tmp_path) == {"a": b"all of it"}
+
+
+def test_shards_that_are_there_are_left_alone(folder, fails):
+    (folder / "a.txt").write_text(TEXTS[0])
+    os.mkdir("s")
+    fineweb.write_shard("s", 0, np.arange(5, dtype=np.uint16))
+    assert "--out s" in fails(make, "s", "--files", "a.txt")
+    assert [path.name for path in (folder / "s").glob("*.*")] == ["edufineweb_val_000000.npy",
+                                                                  ".lock"]
+    assert np.load("s/edufineweb_val_000000.npy").tolist() == list(range(5))
 
 
 # Local files
@@ -323,22 +350,67 @@ def test_one_line_for_an_error_and_its_cause(fails):
 # Going on
 
 
-def test_what_is_noted(folder, monkeypatch):
-    (folder / "a.txt").write_text(TEXTS[0])
-    write_progress = fineweb.write_progress
-    noted = []
+@pytest.mark.parametrize("max_tokens", [18, 20])
+def test_the_moments_before_each_file(folder, monkeypatch, max_tokens):
+    """Wherever a kill falls between two files, the same command writes what is missing."""
+    write_parquet(folder / "a.parquet", dict(text=[TEXTS[0], None, *TEXTS[1:], "not read"]))
+    flags = ["--files", "a.parquet", "--max_tokens", str(max_tokens)]
+    atomic_write = fineweb.atomic_write
+    written = []
 
-    def note(*args):
-        write_progress(*args)
-        noted.append(json.loads((folder / "s" / "progress.json").read_text()))
+    def note(path):
+        written.append(path)
+        return atomic_write(path)
 
-    monkeypatch.setattr(fineweb, "write_progress", note)
-    make("s", "--files", "a.txt", shard_size=5)  # 12 tokens
-    assert [progress["shards"] for progress in noted] == [0, 1, 2, 3, 3]
-    assert [progress["document"] for progress in noted] == [0, 0, 0, 1, 1]
-    assert [progress["place"] for progress in noted] == [0, 5, 10, 0, 0]
-    assert [progress["done"] for progress in noted] == [False, False, False, False, True]
-    assert all(progress["settings"]["shard_size"] == 5 for progress in noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "atomic_write", note)
+        make("whole", *flags)
+    assert np.array_equal(read("whole", 6), expected(TEXTS)[:max_tokens])
+    assert len(written) >= 2 * 3 + 2
+    for n in range(len(written)):
+        calls = iter(range(n + 1))
+
+        def power_cut(path):
+            if next(calls) == n:
+                raise EOFError  # nothing catches this one
+            return atomic_write(path)
+
+        with monkeypatch.context() as patch, pytest.raises(EOFError):
+            patch.setattr(fineweb, "atomic_write", power_cut)
+            make(str(n), *flags)
+        assert n == 0 or not is_finished(str(n))
+        make(str(n), *flags)
+        assert contents(folder / str(n)) == contents(folder / "whole")
+
+
+@pytest.mark.parametrize("change, names", [
+    ("--shard_size 7", ["shard_size 6", "7"]),
+    ("--max_tokens 20", ["max_tokens", "20"]),
+    ("--files a.jsonl", ["a.parquet", "a.jsonl"]),
+    ("edit", ["a.parquet"]),
+    (b"", ["progress.json"]),
+    (b"\xff{}", ["progress.json"]),
+    (b"[]", ["progress.json"]),
+])
+def test_other_settings_do_not_go_on(folder, capsys, fails, change, names):
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    write_parquet(folder / "a.parquet", dict(text=TEXTS))
+    flags = ["--files", "a.parquet"]
+    make("s", *flags)
+    make("s", *flags)  # there is nothing left to do
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
+    if change == "edit":
+        data = (folder / "a.parquet").read_bytes()
+        (folder / "a.parquet").write_bytes(data.replace(b"first", b"other"))  # of the same size
+        os.utime("a.parquet", (0, 0))
+    elif isinstance(change, bytes):
+        (folder / "s" / "progress.json").write_bytes(change)
+    else:
+        flags += change.split()
+    before = contents(folder / "s")
+    message = fails(make, "s", *flags)
+    assert all(name in message for name in ["s", *names]), message
+    assert contents(folder / "s") == before
 
 
 # The real processes
@@ -407,30 +479,50 @@ def test_a_dataset_with_a_loading_script(tmp_path):
     assert "--dataset ./script" in check_hub_error(done)
 
 
-@pytest.mark.parametrize("max_tokens", [18, 20])
-def test_a_limit(folder, max_tokens):
-    write_jsonl(folder / "a.jsonl", [*TEXTS, *["not used"] * 1000])
-    (folder / "broken.parquet").write_bytes(b"to read it would be an error")
-    flags = ["--files", "a.jsonl", "broken.parquet", "--max_tokens", str(max_tokens)]
-    make("s", *flags)
-    assert np.array_equal(read("s", 6), expected(TEXTS)[:max_tokens])
+def kill_and_go_on(environment, folder, kills, flags):
+    """Kill fineweb.py as often as kills says, and then let it end, with flags.
 
-
-def test_a_stream_keeps_no_copy(hub_environment, tmp_path):
-    environment = hub_environment | dict(HF_HOME=str(tmp_path / "cache"))
-    flags = ["--stream", "--shard_size", "5000", "--max_tokens", "6000", "--out", "s"]
-    done = run_fineweb(tmp_path, *flags, environment=environment)
-    assert done.returncode == 0, done.stderr
-    assert np.array_equal(read(tmp_path / "s", 5000), expected(hub.make_documents())[:6000])
-    assert not list((tmp_path / "cache").rglob("*.arrow"))
-
-
-@pytest.mark.parametrize("flags", ["--workers 1", "--workers 2", "--stream"])
-def test_the_shards_hold_each_document_in_order(hub_environment, tmp_path, flags):
-    folder = tmp_path / "s"
-    command = [*PROGRAM, "--shard_size", "5000", "--out", str(folder), *flags.split()]
-    done = subprocess.run(command, env=hub_environment, capture_output=True, text=True, timeout=100)
+    kills: (a number of shards, flags) each: it is killed when so many are there. Checks what it
+    wrote in the end, and returns the numbers of shards after each kill.
+    """
+    command = [*PROGRAM, "--shard_size", "5000", "--workers", "2", "--out", str(folder)]
+    found = []
+    for shards, its_flags in kills:
+        process = subprocess.Popen([*command, *its_flags], env=environment, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: len(list(folder.glob("*.npy"))) >= shards)
+        time.sleep(random.uniform(0, 0.02))  # at any moment of what it does for a shard
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
+        found.append(len(list(folder.glob("*.npy"))))
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True,
+                          timeout=100)
     assert done.returncode == 0, done.stderr
     tokens = expected(hub.make_documents())
     assert np.array_equal(read(folder, 5000), tokens)
     assert f"{len(tokens):,} tokens in 55 shards in {folder}" in done.stdout
+    assert is_finished(folder) and not list(folder.glob("*.tmp"))
+    return found
+
+
+def test_kill_it_and_start_it_again(tmp_path):
+    random.seed(0)
+    (tmp_path / "hub").mkdir()
+    faults = ["cut"]  # the hub's client goes on after it
+    environment = hub.environment(tmp_path / "hub", faults)
+    kills = [(5, []), (25, ["--stream"])]  # a stream skips rows in another way
+    found = kill_and_go_on(environment, tmp_path / "s", kills, [])
+    assert 5 <= found[0] <= found[1] and 25 <= found[1]
+    assert faults == []
+
+
+if __name__ == "__main__":  # python tests/test_fineweb.py 20: so many kills
+    with tempfile.TemporaryDirectory() as place:
+        environment = hub.environment(Path(place, "hub-and-cache"))
+        found = []
+        for i in range(int(sys.argv[1])):
+            flags = ["--stream"] if i % 2 else []
+            kills = [(random.randrange(1, 55), flags)]
+            found += kill_and_go_on(environment, Path(place, str(i)), kills, flags)
+        print(f"{len(found)} kills, after {', '.join(map(str, sorted(found)))} shards of 55: "
+              "all ended with the right tokens")
