@@ -20,6 +20,7 @@ import hashlib
 import json
 import multiprocessing as mp
 import os
+import re
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -88,8 +89,11 @@ def encode(text):
 
     Raises UnicodeEncodeError if text holds half of a surrogate pair, which is no character.
     """
-    tokens = gpt2_encoding().encode_to_numpy(text, disallowed_special=())  # (n,) uint32
-    return tokens.astype(np.uint16)
+    parts = []
+    for piece in split_long_text(text):
+        tokens = gpt2_encoding().encode_to_numpy(piece, disallowed_special=())  # (n,) uint32
+        parts.append(tokens.astype(np.uint16))
+    return np.concatenate(parts)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -367,6 +371,33 @@ def read_hub(args, first):
             for text in rows["text"]:
                 number += 1
                 yield f"{args.dataset}, row {number}", text
+
+
+# -------------------------------------------------------------------------------------------------
+# Long texts
+
+
+# tiktoken fails when a million white-space characters stand between two words, and at texts of some
+# gigabytes. So a long text is encoded in pieces of at most this many characters.
+PIECE = 500_000
+WORD_END = re.compile(r"\S(?=[ \n])")  # the last letter of a word, before a space or line break
+
+
+def split_long_text(text):
+    """Yield the pieces of text, a str, each of them short enough for tiktoken.
+
+    A space or line break after a word begins a new token, so a cut in front of it changes no
+    token. If the second half of a piece has no such place, the piece is cut at its end.
+    """
+    start = 0
+    while len(text) - start > PIECE:
+        end = start + PIECE
+        word_end = WORD_END.search(text, start + PIECE // 2, end)
+        if word_end:
+            end = word_end.end()
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 # -------------------------------------------------------------------------------------------------

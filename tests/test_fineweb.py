@@ -150,6 +150,28 @@ def test_documents_are_tokenised_as_tiktoken_does():
         fineweb.encode("a \ud83d b")
 
 
+def test_a_run_of_spaces_that_tiktoken_cannot_encode():
+    text = "a" + " " * 1_200_000 + "b"
+    tokens = fineweb.encode(text)
+    assert tokens.dtype == np.uint16 and gpt2_encoding().decode(tokens.tolist()) == text
+
+
+def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(monkeypatch):
+    monkeypatch.setattr(fineweb, "PIECE", 30)
+    choose = random.Random(0).choices
+    characters = ["ab", "'s", "1", "!", " ", "  ", "\n", "\r\n", "\t", "\x1c", "\xa0", "\u3000",
+                  "中", "🙂"]
+    whole = 0
+    for _ in range(2000):
+        text = "".join(choose(characters, k=80))
+        pieces = list(fineweb.split_long_text(text))
+        assert "".join(pieces) == text and max(map(len, pieces)) <= 30
+        if all(b[0] in " \n" and not a[-1].isspace() for a, b in zip(pieces, pieces[1:])):
+            whole += 1
+            assert fineweb.encode(text).tolist() == gpt2_encoding().encode_ordinary(text)
+    assert whole > 100
+
+
 # Shards
 
 
