@@ -21,9 +21,12 @@ import json
 import multiprocessing as mp
 import os
 import re
+import signal
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.metadata import distribution
 from itertools import islice
@@ -237,6 +240,10 @@ def tokenize_all(args, progress):
         print(f"\nstopped. {args.out} holds {progress['shards']} whole shards. The same command "
               "goes on after them.", file=sys.stderr)
         raise
+    except (BrokenProcessPool, MemoryError):
+        raise UserError("the memory was full, or a worker process was killed; use fewer than "
+                        f"--workers {args.workers}, or split large documents. The same command "
+                        "goes on.") from None
 
 
 def write_shards(results, args, progress):
@@ -441,20 +448,32 @@ def in_order(pool, function, items, at_once):
 
 @contextmanager
 def start_workers(count):
-    """Provide a pool of processes that tokenise."""
+    """Provide a pool of processes that tokenise. They end with this context, however it ends."""
     # Spawn, not fork: the libraries that download have threads, and a fork of a process with
     # threads can hang.
     spawn = mp.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=prepare_worker)
     try:
         yield pool
+    except BaseException:
+        for process in mp.active_children():  # nobody needs what they are working on
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def prepare_worker():
-    """Get this worker process ready: load the tokenizer."""
+    """Get this worker process ready: load the tokenizer, and leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     gpt2_encoding()
+
+
+def end_with_parent():
+    """Wait for the end of the main process, even by kill -9, and end this one too."""
+    mp.parent_process().join()
+    os._exit(1)
 
 
 # -------------------------------------------------------------------------------------------------

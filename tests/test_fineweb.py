@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # for python tests/test_fineweb.py
 
 import fineweb  # noqa: E402
 import hub  # noqa: E402
+from conftest import heed_signals  # noqa: E402
 from fineweb import gpt2_encoding  # noqa: E402
 
 PROGRAM = [sys.executable, str(ROOT / "fineweb.py")]
@@ -78,6 +80,13 @@ def run_fineweb(folder, *flags, environment=None):
                           text=True, timeout=100)
 
 
+def workers_of(process):
+    """Return the process ids of the workers of a fineweb.py that leads its own process group."""
+    found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "spawn_main"],
+                           capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 def wait_for(condition):
     for _ in range(6000):
         if condition():
@@ -97,6 +106,21 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "start_workers", threads)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """Start fineweb.py on more text than a test waits for; return the process."""
+    (tmp_path / "long.txt").write_text("Who's there? " * 100_000)
+    command = [*PROGRAM, "--files", *["long.txt"] * 2000, "--shard_size", "500000",
+               "--workers", "1", "--out", "s"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True,
+                               preexec_fn=heed_signals, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(workers_of(process)) == 1)
+    yield process
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +380,15 @@ def test_too_few_tokens_for_two_shards(folder, fails):
     assert np.array_equal(read("t", 6), expected(TEXTS[:1]))
 
 
+def test_the_memory_is_full(folder, monkeypatch, fails):
+    def tokenize_batch(documents):
+        raise MemoryError
+
+    monkeypatch.setattr(fineweb, "tokenize_batch", tokenize_batch)
+    (folder / "a.txt").write_text(TEXTS[0])
+    assert "--workers 1" in fails(make, "s", "--files", "a.txt")
+
+
 def test_one_line_for_an_error_and_its_cause(fails):
     def load():
         with fineweb.blame("--dataset a", Exception, "; advice"):
@@ -438,6 +471,12 @@ def test_other_settings_do_not_go_on(folder, capsys, fails, change, names):
 # The real processes
 
 
+def test_workers_do_not_outlive_the_main_process(endless):
+    endless.kill()
+    endless.wait()
+    wait_for(lambda: workers_of(endless) == [])
+
+
 def test_two_in_one_folder(folder, fails):
     (folder / "a.txt").write_text(TEXTS[0])
     script = "import fineweb\nwith fineweb.lock_folder('s', '--out'):\n print('ready')\n input()"
@@ -450,6 +489,33 @@ def test_two_in_one_folder(folder, fails):
     other.communicate()
     make("s", "--files", "a.txt")
     assert np.array_equal(read("s", 6), expected(TEXTS[:1]))
+
+
+def test_a_worker_that_is_killed(endless):
+    os.kill(workers_of(endless)[0], signal.SIGKILL)
+    _, err = endless.communicate(timeout=60)
+    assert endless.returncode == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("fineweb.py: ") and "--workers" in err.splitlines()[-1]
+    assert workers_of(endless) == []
+
+
+def test_ctrl_c(tmp_path, endless):
+    out = tmp_path / "s"
+    wait_for((out / "edufineweb_val_000000.npy").exists)
+    (worker,) = workers_of(endless)
+    os.kill(worker, signal.SIGINT)  # a terminal's goes to it as well, and it leaves it alone
+    shards = len(list(out.glob("*.npy")))
+    wait_for((out / fineweb.shard_name(shards + 3)).exists)
+    os.killpg(endless.pid, signal.SIGINT)  # the whole group, as a terminal does
+    _, err = endless.communicate(timeout=60)
+    assert endless.returncode == 130 and "Traceback" not in err
+    told = re.search(r"(\d+) whole shards.*same command", err.splitlines()[-1])
+    shards = len(list(out.glob("*.npy")))
+    assert shards - 1 <= int(told[1]) <= shards  # the last one may not be noted yet
+    assert workers_of(endless) == [] and not list(out.glob("*.tmp"))
+    assert not is_finished(out)
+    tokens = np.tile(expected(["Who's there? " * 100_000]), 2 * shards)  # more than enough
+    assert np.array_equal(read(out, 500_000), tokens[: shards * 500_000])
 
 
 def test_a_full_disk_is_one_line(tmp_path):
@@ -510,11 +576,11 @@ def kill_and_go_on(environment, folder, kills, flags):
     command = [*PROGRAM, "--shard_size", "5000", "--workers", "2", "--out", str(folder)]
     found = []
     for shards, its_flags in kills:
-        process = subprocess.Popen([*command, *its_flags], env=environment, start_new_session=True,
+        process = subprocess.Popen([*command, *its_flags], env=environment,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: len(list(folder.glob("*.npy"))) >= shards)
         time.sleep(random.uniform(0, 0.02))  # at any moment of what it does for a shard
-        os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.kill()
         process.wait()
         found.append(len(list(folder.glob("*.npy"))))
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True,
