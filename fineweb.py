@@ -632,8 +632,15 @@ def one_line(error):
 
 def run_program(function):
     """Call function, and end this process: after a UserError with one line and status 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by >&-
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may not have all characters
     try:
         function()
+        print(end="", flush=True)  # an error of standard output shows here
         return
     except UserError as error:
         status = 2
@@ -642,6 +649,10 @@ def run_program(function):
         print(f"{os.path.basename(sys.argv[0])}: {rank}{error}", file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # whoever read our output has ended
+        status = 0
+    if "ipykernel" in sys.modules:  # %run in a notebook, which lives on
+        sys.exit(status)
     # A usual exit would wait for the other processes of a run, or for a library's threads.
     sys.stderr.flush()
     os._exit(status)

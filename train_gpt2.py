@@ -10,6 +10,7 @@ itself: launch() and main(). A first reader can stop there. What follows is what
 """
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -1091,10 +1092,19 @@ def check_is_gpt2(config, report, name):
 
 
 def print0(*args, file=None):
-    """Print, in the first of torchrun's processes only."""
+    """Print, in the first of torchrun's processes only.
+
+    A run goes on when nobody can read what it prints any more: the terminal was closed, or the
+    program behind the pipe has ended.
+    """
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    print(*args, file=file, flush=True)
+    stream = file or sys.stdout
+    try:
+        print(*args, file=stream, flush=True)
+    except OSError as error:  # a full disk, say, may take the next line again
+        if error.errno in (errno.EPIPE, errno.EIO):  # no reader, no terminal: print to nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def meet_others(device, rank, world, timeout_minutes):

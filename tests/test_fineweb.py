@@ -518,6 +518,26 @@ def test_ctrl_c(tmp_path, endless):
     assert np.array_equal(read(out, 500_000), tokens[: shards * 500_000])
 
 
+def test_a_terminal_that_cannot_show_a_name(tmp_path):
+    environment = os.environ | dict(PYTHONIOENCODING="cp1252")
+    done = run_fineweb(tmp_path, "--files", "東京.txt", environment=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "??.txt" in done.stderr
+
+
+def test_nobody_reads_what_it_prints(folder):
+    (folder / "a.txt").write_text(TEXTS[0])
+    make("s", "--files", "a.txt")
+    command = [*PROGRAM, "--out", "s", "--shard_size", "6", "--files", "a.txt"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    shell = ["sh", "-c", '"$0" "$@" >&- 2>&-', *command]  # both are closed from the start
+    assert subprocess.run(shell).returncode == 0
+    assert subprocess.run([*shell, "--max_tokens", "12"]).returncode == 2
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a small disk")

@@ -1,11 +1,13 @@
 """The command line: what is asked for is done. What can't be done is said in one line, status 2."""
+import io
 import os
+import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
 import torch
-from conftest import flags
+from conftest import ROOT, flags
 
 import fineweb
 import train_gpt2
@@ -169,3 +171,21 @@ def test_other_errors_keep_their_traceback(small, start, monkeypatch):
     monkeypatch.setattr(train_gpt2, "prepare", fault)
     with pytest.raises(RuntimeError, match="^a fault in the program$"):
         start(flags())
+
+
+def test_it_trains_where_nobody_reads_it(small, tmp_path):
+    words = flags(max_steps=2, eval_interval=2, val_tokens=64, checkpoint_interval=2)
+    command = subprocess.list2cmdline([sys.executable, str(ROOT / "train_gpt2.py"), *words])
+    done = subprocess.run(f"{command} >&- 2>&-", shell=True, cwd=tmp_path)  # both are closed
+    assert done.returncode == 0
+    lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
+    kinds = [line.split()[:2] for line in lines]
+    assert kinds == [["0", "val"], ["0", "train"], ["1", "train"], ["2", "val"]]
+    assert (tmp_path / "log" / "model_00002.pt").exists()
+
+
+def test_a_stream_that_cannot_be_reconfigured_is_left_alone(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())  # as in a notebook
+    fineweb.run_program(lambda: print("done"))
+    assert sys.stdout.getvalue() == "done\n" and sys.stderr.getvalue() == ""

@@ -1,8 +1,10 @@
 """hellaswag.py: downloads from a server that has faults, scores against Hugging Face's model."""
 import functools
 import hashlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -412,3 +414,14 @@ def test_a_score_on_a_cpu_repeats(model_folder, capsys):
         hellaswag.main(["-m", model_folder, "-d", "cpu", "--data", EXAMPLES, "--limit", "5"])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
+
+
+def test_a_letter_that_the_output_cannot_show_is_replaced(model_folder, tmp_path, monkeypatch):
+    line = '{"ctx": "\u4f60\u597d", "endings": ["b", "c", "d", "e"], "label": 3}\n'
+    (tmp_path / "a.jsonl").write_text(line, encoding="utf-8")
+    flags = ["-m", model_folder, "-d", "cpu", "--data", str(tmp_path / "a.jsonl")]
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="")
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
+    monkeypatch.setattr(sys, "stdout", output)
+    runpy.run_path(str(ROOT / "hellaswag.py"), run_name="__main__")
+    assert b"\n??\n" in output.buffer.getvalue()

@@ -3,6 +3,7 @@ had happened."""
 import contextlib
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -18,6 +19,10 @@ import train_gpt2
 
 context = forkserver()
 
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+]
 FLAGS = (
     "--data text.txt --model laptop --seq_len 16 --total_batch_size 64 --max_steps 40 "
     "--max_lr 1e-2 --warmup_steps 2 --dtype float32 --device cpu --eval_interval 10 "
@@ -112,6 +117,28 @@ def free_port():
 def write_text(folder):
     text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
+
+
+def start(folder, *flags, at="", processes=1, script="probe.py", patience=3, by=(),
+          launcher=None):
+    """Start a run in folder. With probe.py it waits in step `at`, or in an "evaluation".
+
+    torchrun has patience, in seconds, with a process that is to end.
+    by: words to put before the command, which then gets a session of its own.
+    launcher: what starts the script; by default Python, or torchrun for several processes.
+    """
+    (folder / "probe.py").write_text(PROBE)
+    write_text(folder)
+    launcher = launcher or [sys.executable]
+    if processes > 1:
+        launcher = [*TORCHRUN, f"--nproc_per_node={processes}", f"--shutdown-timeout={patience}"]
+    env = dict(os.environ, PYTHONPATH=str(ROOT), AT=str(at), PYTHONUNBUFFERED="",
+               TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as README says
+    return subprocess.Popen([*by, *launcher, str(script), *FLAGS, *flags], cwd=folder, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=bool(by), preexec_fn=heed_signals)
+
+
 def wait_for(path, process):
     """Wait for a file that process, a Run or a Popen, makes."""
     while not path.exists():
@@ -209,6 +236,29 @@ def test_ctrl_c_twice_ends_at_once(tmp_path):
     run.signal(signal.SIGINT)
     out, statuses = run.end()
     assert statuses == [130] and "Traceback" not in out
+
+
+def test_a_terminal_that_closes_leaves_no_trace(tmp_path, unbroken):
+    here, there = os.openpty()
+    terminal = os.ttyname(there)
+    shell = ["sh", "-c", f'exec "$@" <{terminal} >{terminal} 2>&1', "sh"]
+    process = start(tmp_path, at=2, by=shell)
+    wait_for(tmp_path / "waits_2_0", process)
+    os.close(there)
+    os.close(here)  # the system sends SIGHUP, and whoever prints now gets an error
+    (tmp_path / "go_2").touch()
+    assert process.wait(100) == 0
+    assert (tmp_path / "log" / "model_00003.pt").exists()
+    # nohup has SIGHUP ignored; and the reader of the pipe ends
+    process = start(tmp_path, "--resume", at=5, by=["nohup"])
+    wait_for(tmp_path / "waits_5_0", process)
+    assert select.select([process.stdout], [], [], 10)[0]  # what is printed is there at once
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    (tmp_path / "go_5").touch()
+    assert process.wait(100) == 0 and equals(tmp_path, unbroken)
+
+
 def test_ctrl_c_before_the_first_step(tmp_path):
     (tmp_path / "probe.py").write_text(f"""
 import runpy, time, torch
