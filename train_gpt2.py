@@ -597,6 +597,7 @@ def launch(given, resume=False):
     Raises UserError when something can't work.
     """
     check_settings(given, TrainConfig)
+    check_torchrun(resume)
     # torchrun tells each process which one it is (rank), and how many there are (world).
     # pick_device reads LOCAL_RANK, its number on this machine.
     rank = int(os.environ.get("RANK", 0))
@@ -1105,6 +1106,21 @@ def print0(*args, file=None):
     except OSError as error:  # a full disk, say, may take the next line again
         if error.errno in (errno.EPIPE, errno.EIO):  # no reader, no terminal: print to nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def check_torchrun(resume):
+    """Raise UserError when what torchrun tells its processes makes no sense."""
+    rank = os.environ.get("RANK")
+    world = os.environ.get("WORLD_SIZE")
+    if rank is None and world is None:
+        return
+    numbers = rank is not None and world is not None and rank.isdecimal() and world.isdecimal()
+    if not numbers or int(rank) >= int(world):
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world}, which don't fit "
+                        "each other; torchrun sets both, and without it both have to be unset")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not resume:
+        raise UserError("torchrun has started this run again, and without --resume it would begin "
+                        "anew; give --resume from the first start on")
 
 
 def meet_others(device, rank, world, timeout_minutes):

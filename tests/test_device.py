@@ -3,11 +3,12 @@ import os
 
 import pytest
 import torch
-from conftest import flags
+from conftest import SMALL, flags
 
 import train_gpt2
 from train_gpt2 import (
     best_dtype,
+    check_torchrun,
     fitting_batch_size,
     has_bfloat16,
     pick_device,
@@ -19,6 +20,42 @@ CPU = torch.device("cpu")
 def have_gpus(monkeypatch, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def set_environment(monkeypatch, **values):
+    """Set these variables of torchrun's, and no others of them."""
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("values", [
+    dict(), dict(RANK="0", WORLD_SIZE="1"), dict(RANK="7", WORLD_SIZE="8"),
+])
+def test_a_place_among_the_processes(monkeypatch, values):
+    set_environment(monkeypatch, **values)
+    check_torchrun(resume=False)
+
+
+@pytest.mark.parametrize("values", [
+    dict(RANK="1"), dict(WORLD_SIZE="2"), dict(WORLD_SIZE=""), dict(RANK="0", WORLD_SIZE=""),
+    dict(RANK="", WORLD_SIZE="2"), dict(RANK="2", WORLD_SIZE="2"), dict(RANK="-1", WORLD_SIZE="2"),
+    dict(RANK="0", WORLD_SIZE="0"), dict(RANK="first", WORLD_SIZE="2"),
+])
+def test_half_of_a_place_is_refused(small, monkeypatch, fails, tmp_path, values):
+    set_environment(monkeypatch, **values)
+    message = fails(train_gpt2.launch, SMALL)
+    assert "RANK" in message and "WORLD_SIZE" in message
+    assert os.listdir(tmp_path) == ["text.txt"]  # nothing was begun
+
+
+def test_a_run_that_torchrun_starts_again_has_to_resume(monkeypatch, fails):
+    set_environment(monkeypatch, RANK="0", WORLD_SIZE="2", TORCHELASTIC_RESTART_COUNT="1")
+    assert "--resume" in fails(check_torchrun, resume=False)
+    check_torchrun(resume=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    check_torchrun(resume=False)
 
 
 @pytest.mark.parametrize("gpus, mps, best", [

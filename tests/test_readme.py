@@ -55,6 +55,7 @@ def test_every_flag_in_the_text_is_one():
     git_and_torchrun = {
         "detach", "help", "history", "first-parent", "reverse", "oneline",
         "standalone", "nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint",
+        "max-restarts", "shutdown-timeout", "signals-to-handle",
     }
     for flag in re.findall(r"(?<=[ `])--(?:no-)?(\w[\w-]*)", README):
         is_ours = re.search(rf"^    {flag}: |\"--{flag}\"", known, re.M)
@@ -65,6 +66,17 @@ def test_the_files_it_shows_are_there():
     names = re.findall(r"\]\((assets/[^)]+)\)", README)
     for name in [*names, "play.ipynb", "input.txt", "requirements.txt", "LICENSE", *PROGRAMS]:
         assert (ROOT / name).is_file(), name
+
+
+def test_every_test_it_points_at_is_there():
+    files = list((ROOT / "tests").glob("test_*.py"))
+    known = [path.stem for path in files]
+    for path in files:
+        known += re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+    named = re.findall(r"\btest_\w+", README)
+    assert len(named) > 20
+    for name in named:
+        assert any(test.startswith(name) for test in known), name
 
 
 def test_the_steps_it_points_at_are_in_the_history():

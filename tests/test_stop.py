@@ -145,6 +145,14 @@ def wait_for(path, process):
         if process.poll() is not None:
             pytest.fail(process.read() if isinstance(process, Run) else process.communicate()[0])
         time.sleep(0.01)
+
+
+def workers(process):
+    """Return the process ids of torchrun's workers."""
+    done = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True)
+    return [int(pid) for pid in done.stdout.split()]
+
+
 def stop(folder, at, name, processes, *words):
     """Start a run in folder, send it a signal where it waits, and return its output."""
     run = Run(folder, *words, at=at, processes=processes)
@@ -296,6 +304,43 @@ def test_another_number_of_processes_goes_on(tmp_path, unbroken, capsys):
     stop(tmp_path, 33, "SIGINT", 4, "--resume")
     out = resume_here(tmp_path, capsys)
     assert "after 34 of 40 updates" in out and like(tmp_path, unbroken[0])
+
+
+def test_torchrun_starts_a_killed_process_again(tmp_path, unbroken):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.txt").write_text("0 train 1.0\n")  # of another run, long ago
+    process = start(tmp_path, "--resume", "--checkpoint_interval", "5", at=12, processes=2)
+    for rank in range(2):
+        wait_for(tmp_path / f"waits_12_{rank}", process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    (tmp_path / "go_12").touch()
+    out = process.communicate(timeout=100)[0]
+    assert process.returncode == 0 and "after 10 of 40 updates" in out, out
+    assert like(tmp_path, unbroken[0])
+    assert (tmp_path / "log" / "log.1" / "log.txt").read_text() == "0 train 1.0\n"
+
+
+def test_two_torchruns_start_a_killed_process_again(tmp_path, unbroken):
+    """Two machines, as far as one can show them: each has a torchrun, and they meet by a port."""
+    meet = ["--nnodes=2", "--rdzv_id=test", "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--max-restarts=3"]
+    words = ["--resume", "--checkpoint_interval", "5"]
+    agents = [start(tmp_path, *words, at=12, launcher=[*TORCHRUN[:3], *meet]) for _ in range(2)]
+    for rank in range(2):
+        wait_for(tmp_path / f"waits_12_{rank}", agents[0])
+    os.kill(workers(agents[1])[0], signal.SIGKILL)
+    (tmp_path / "go_12").touch()
+    outs = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outs
+    assert "after 10 of 40 updates" in "".join(outs)
+    assert like(tmp_path, unbroken[0])
+
+
+def test_a_restart_without_resume_is_one_line(monkeypatch, fails):
+    for name, value in dict(RANK=0, WORLD_SIZE=2, TORCHELASTIC_RESTART_COUNT=1).items():
+        monkeypatch.setenv(name, str(value))
+    assert "--resume" in fails(train_gpt2.launch, {})
+    train_gpt2.check_torchrun(resume=True)
 
 
 def test_processes_that_find_different_checkpoints(tmp_path, unbroken):
