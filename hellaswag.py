@@ -198,6 +198,34 @@ def score(model, tokens, mask):
     return losses.sum(dim=1)  # (B,)
 
 
+def make_batches(examples, tokens_at_once):
+    """Return which examples share a batch: lists of indices. The longest examples come first.
+
+    Those in a batch have about the same length, so there is little padding.
+    """
+    lengths = [example.tokens.shape[1] for example in examples]
+    indices = sorted(range(len(examples)), key=lambda i: lengths[i], reverse=True)
+    batches = []
+    while indices:
+        longest = lengths[indices[0]]
+        size = max(1, tokens_at_once // (4 * longest))  # an example has four rows
+        batches.append(indices[:size])
+        indices = indices[size:]
+    return batches
+
+
+def stack(examples):
+    """Return (tokens, mask) of n examples, their rows below each other: (4n, T) int64 each."""
+    T = max(example.tokens.shape[1] for example in examples)
+    tokens = torch.zeros(len(examples), 4, T, dtype=torch.int64)
+    mask = torch.zeros(len(examples), 4, T, dtype=torch.int64)
+    for i, example in enumerate(examples):
+        length = example.tokens.shape[1]
+        tokens[i, :, :length] = example.tokens
+        mask[i, :, :length] = example.mask
+    return tokens.view(-1, T), mask.view(-1, T)
+
+
 @torch.no_grad()
 def ending_losses(model, examples, show_bar=False):
     """Return the mean loss per token of the four endings of each example, in nats: (N, 4).
@@ -205,15 +233,16 @@ def ending_losses(model, examples, show_bar=False):
     examples: N of them, Rendered. show_bar: show a bar, if standard error is a terminal.
     """
     device = next(model.parameters()).device
+    tokens_at_once = 2**11 if device.type == "cpu" else 2**14  # a GPU needs more to be busy
     losses = torch.empty(len(examples), 4)
     hide = None if show_bar else True  # tqdm: None shows a bar on a terminal only
     with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=hide) as bar:
-        for i, example in enumerate(examples):
-            tokens = example.tokens
-            mask = example.mask
-            row_losses = score(model, tokens.to(device), mask.to(device)).cpu()  # (4,)
-            losses[i] = row_losses / mask.sum(dim=1)
-            bar.update(1)
+        for indices in make_batches(examples, tokens_at_once):
+            tokens, mask = stack([examples[i] for i in indices])
+            row_losses = score(model, tokens.to(device), mask.to(device)).cpu()  # (4n,)
+            row_losses = row_losses / mask.sum(dim=1)
+            losses[indices] = row_losses.view(-1, 4)
+            bar.update(len(indices))
     return losses
 
 
@@ -290,9 +319,10 @@ def main(argv=None):
     if args.data is None:
         download()
     examples = read_examples(args.data or PATH)[: args.limit]
-    model = train_gpt2.load_model(args.model, "--model").to(device)
-    rendered = render_all(examples, model.config.block_size)
-    by_token = ending_losses(model, rendered, show_bar=True)  # (N, 4)
+    with train_gpt2.enough_memory("choose a smaller --model, or --device cpu"):
+        model = train_gpt2.load_model(args.model, "--model").to(device)
+        rendered = render_all(examples, model.config.block_size)
+        by_token = ending_losses(model, rendered, show_bar=True)  # (N, 4)
 
     print("* is the model's answer, + the right one; the numbers are nats per token")
     for i, example in enumerate(examples[:5]):

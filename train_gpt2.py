@@ -3,6 +3,8 @@
     python train_gpt2.py                                     # on one GPU, or on the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
     python train_gpt2.py --resume                            # go on from the newest checkpoint
+    python train_gpt2.py --sample "Once upon a time"         # let the newest checkpoint write
+    python train_gpt2.py --export my-gpt2                    # save it for Hugging Face
     python train_gpt2.py --help                              # all settings
 
 Read it from top to bottom: the model, text from the model, the data, the recipe, and the run
@@ -10,6 +12,7 @@ itself: launch() and main(). A first reader can stop there. What follows is what
 """
 import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -18,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
@@ -196,6 +200,7 @@ class GPT(nn.Module):
         Returns (logits, loss).
         logits: the scores, (B, T, vocab_size).
         loss: the mean cross-entropy in nats (natural-log units) per token; None without targets.
+        With targets the logits carry no gradient: only the loss can be trained on.
         """
         x = self.hidden(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, vocab_size)
@@ -203,6 +208,9 @@ class GPT(nn.Module):
         if targets is not None:
             # (B * T, vocab_size) and (B * T,): one example a row
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            # The logits are only looked at. torch.compile would make a gradient for them, (B, T,
+            # vocab_size) zeros.
+            logits = logits.detach()
         return logits, loss
 
     @classmethod
@@ -255,20 +263,29 @@ def draw_token(logits, temperature, top_k, generator):
 
 
 @torch.no_grad()
-def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42):
+def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42,
+           cache=None):
     """Return num_samples texts that begin with prompt and go on for max_new_tokens tokens.
 
     The same seed draws the same texts.
+    cache: a KVCache of model, which makes long texts faster.
+    Raises UserError when prompt is empty.
     """
     encoding = gpt2_encoding()
     tokens = encoding.encode(prompt, allowed_special="all")  # <|endoftext|> is one token
+    if not tokens:
+        raise UserError("--sample: the text is empty")
     device = next(model.parameters()).device
     # Its own source of random numbers, so that sampling changes no others
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
-    for _ in range(max_new_tokens):
-        window = idx[:, -model.config.block_size :]  # what the model can read
-        x = model.hidden(window)[:, -1]  # (B, C), the last position
+    # disable=None: no bar where standard error is no terminal
+    for _ in tqdm(range(max_new_tokens), desc="sample", leave=False, disable=None):
+        if cache is None:
+            window = idx[:, -model.config.block_size :]  # what the model can read
+            x = model.hidden(window)[:, -1]  # (B, C), the last position
+        else:
+            x = cache.newest_vector(idx)  # the same, with less work
         logits = model.lm_head(x)  # (B, vocab_size)
         logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
         next_token = draw_token(logits, temperature, top_k, generator)  # (B, 1)
@@ -330,6 +347,7 @@ def open_shards(folder):
     if len(names) < 2:
         raise UserError(f"--data {folder}: it holds {len(names)} shards, and a run needs one to "
                         "train on and one to validate on; python fineweb.py makes them")
+    allow_open_files(len(names) + 1000)  # a memory-mapped file stays open; 1000 for all else
     arrays = []
     for number in range(len(names)):
         name = fineweb.shard_name(number)
@@ -439,6 +457,12 @@ OPENAI_SIZES = {
 MODEL_SIZES = {
     "laptop": dict(n_layer=4, n_head=6, n_embd=96),  # small enough for two CPU cores
     **OPENAI_SIZES,
+    # GPT-3's paper, table 2.1
+    "gpt3-small": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt3-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt3-large": dict(n_layer=24, n_head=16, n_embd=1536),
+    # The table gives 24 heads of 128, which is 3072, not 2048. We take 16 heads of 128.
+    "gpt3-xl": dict(n_layer=24, n_head=16, n_embd=2048),
 }
 
 
@@ -456,6 +480,7 @@ class TrainConfig:
     """The settings of a run. The defaults are those of GPT-2 (124M)."""
 
     model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
+    init_from: str = setting("scratch", "scratch, or start from gpt2, ..., a .pt file, a folder")
     data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
     log_dir: str = setting("log", "the folder for the log and the checkpoints")
     seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
@@ -480,7 +505,8 @@ class TrainConfig:
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
-    dtype: str = setting(None, "the type for matrix products", choices=("bfloat16", "float32"))
+    dtype: str = setting(None, "the type for matrix products",
+                         choices=("bfloat16", "float16", "float32"))
     compile: bool = setting(None, "use torch.compile")
     timeout_minutes: float = setting(10.0, "how long processes wait for one that doesn't come")
 
@@ -501,10 +527,28 @@ PRESETS = {
         sample_interval=170,
         checkpoint_interval=170,
     ),
+    "fine-tune": dict(  # for --init_from
+        seq_len=None,  # the model's block_size, 1024 at most
+        total_batch_size=2**13,
+        max_steps=100,
+        warmup_steps=10,
+        max_lr=3e-5,
+        eval_interval=25,
+        val_tokens=2**17,
+        hellaswag_interval=0,
+        sample_interval=25,
+        checkpoint_interval=50,
+    ),
     "gpt2": dict(),
     "gpt2-medium": dict(max_lr=3e-4),
     "gpt2-large": dict(max_lr=2.5e-4),
     "gpt2-xl": dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358),
+    "gpt3-small": dict(seq_len=2048),
+    "gpt3-medium": dict(seq_len=2048, max_lr=3e-4),
+    "gpt3-large": dict(seq_len=2048, max_lr=2.5e-4),
+    "gpt3-xl": dict(
+        seq_len=2048, max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358
+    ),
 }
 
 
@@ -586,6 +630,8 @@ def mean_token_bytes(tokens):
 
 
 # So many bad updates in a row end the run.
+# In float16 only when the scaler's scale is down to 1. Until then a bad update is usual, and
+# halves the scale. For other types the scale is always 1.
 TOO_MANY_SKIPPED = 5
 
 
@@ -633,9 +679,9 @@ def main(given, resume, device, rank, world, stop):
     # The model, and the size of a micro-batch
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, checkpoint).to(device)
-    T = cfg.seq_len
-    B = cfg.batch_size or fitting_batch_size(T, cfg.total_batch_size, device, world)
-    check_batch(B, T, cfg.total_batch_size, world)
+    T = cfg.seq_len or min(1024, model.config.block_size)
+    B = cfg.batch_size or fitting_batch_size(model, T, cfg.total_batch_size, dtype, device, world)
+    check_batch(model, B, T, cfg.total_batch_size, world)
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
 
     # The data
@@ -652,8 +698,9 @@ def main(given, resume, device, rank, world, stop):
 
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=(dtype == "float16"))
     if checkpoint is not None:
-        restore(checkpoint, cfg, data_id, optimizer)
+        restore(checkpoint, cfg, data_id, optimizer, scaler)
 
     # All is well: now an earlier run's files may be moved, or its log cut.
     if rank == 0:
@@ -664,8 +711,9 @@ def main(given, resume, device, rank, world, stop):
     # gradients, so that all make the same update.
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
-    saver = CheckpointSaver(cfg, model, optimizer, data_id, checkpoint)
+    saver = CheckpointSaver(cfg, model, optimizer, scaler, data_id, checkpoint)
     log = Log(cfg.log_dir)
+    speed = Speed(cfg, model, T, device, dtype, world)
     print_plan(cfg, model, loader, device, dtype, checkpoint)
     checkpoint = None  # let go of the tensors that nobody uses any more
 
@@ -715,9 +763,10 @@ def main(given, resume, device, rank, world, stop):
             # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
             loss_accum += loss.detach()  # the number without its gradient
-            loss.backward()
+            scaler.scale(loss).backward()  # larger: float16 makes 0 of small gradients
             # Fetch the next batch here, while a GPU still computes this one.
             x, y = fetch_batch(loader, device)
+        scaler.unscale_(optimizer)  # divides the gradients by its scale again
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
         # Sum over the processes: their losses, and a 1 from each that was asked to stop
@@ -730,17 +779,19 @@ def main(given, resume, device, rank, world, stop):
 
         # A number that isn't finite would make every weight NaN, for good. So skip the update.
         if math.isfinite(mean_loss) and math.isfinite(norm):
-            optimizer.step()
+            scaler.step(optimizer)
             skipped = 0
         else:
             skipped += 1
             print0(f"step {step:5d} | skipped: a number isn't finite, {skipped} in a row")
-        gone_bad = skipped >= TOO_MANY_SKIPPED
+        gone_bad = skipped >= TOO_MANY_SKIPPED and scaler.get_scale() <= 1
+        scaler.update()
         dt = time.perf_counter() - t0  # seconds
 
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
         line += f" | lr {lr:.4e} | norm: {norm:.4f}"
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
+        line += speed.describe(step, dt)
         print0(line)
         log.write(step, "train", mean_loss)
 
@@ -769,9 +820,11 @@ def is_due(interval, step, last_step):
 
 
 def build_model(cfg, checkpoint):
-    """Return the model of the checkpoint, or a new one of --model's shape."""
+    """Return the model of the checkpoint, of --init_from, or a new one of --model's shape."""
     if checkpoint is not None:
         return model_of(checkpoint)
+    if cfg.init_from != "scratch":
+        return load_model(cfg.init_from, "--init_from")
     # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly among a kernel's
     # threads. The 47 extra tokens never occur.
     config = GPTConfig(block_size=cfg.seq_len, vocab_size=50304, **MODEL_SIZES[cfg.model])
@@ -781,12 +834,62 @@ def build_model(cfg, checkpoint):
 def fetch_batch(loader, device):
     """Return the loader's next x and y on device."""
     x, y = loader.next_batch()
+    if device.type == "cuda":
+        # From pinned memory the GPU copies them by itself, and we don't wait.
+        x = x.pin_memory().to(device, non_blocking=True)
+        y = y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
+
+
+class KVCache:
+    """Keep the keys and values of the tokens that the model has read, to sample with less work."""
+
+    def __init__(self, model):
+        self.model = model
+        self.length = 0  # how many tokens it holds
+        self.layers = {}  # {number of a layer: (k, v)}, (B, nh, length, hs) each
+
+    def newest_vector(self, idx):
+        """Return model.hidden(idx[:, -block_size:])[:, -1], (B, C).
+
+        idx: (B, T) int64; from the second call on, one token longer than before.
+        """
+        config = self.model.config
+        if idx.shape[1] > config.block_size:
+            # The oldest token drops out. All others move by one, so their keys and values change.
+            idx = idx[:, -config.block_size :]
+            self.length = 0
+        past = self.length
+        new = idx[:, past:]  # (B, S): all tokens, or one
+        B, S = new.shape
+        C, nh = config.n_embd, config.n_head
+        pos = torch.arange(past, past + S, device=idx.device)  # (S,)
+        x = self.model.transformer.wte(new) + self.model.transformer.wpe(pos)  # (B, S, C)
+        for i, block in enumerate(self.model.transformer.h):
+            # What Block and CausalSelfAttention do, for the new tokens
+            q, k, v = block.attn.c_attn(block.ln_1(x)).split(C, dim=2)  # (B, S, C) each
+            q = q.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            k = k.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            v = v.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            if past > 0:
+                old_k, old_v = self.layers[i]
+                k = torch.cat((old_k, k), dim=2)  # (B, nh, T, hs)
+                v = torch.cat((old_v, v), dim=2)  # (B, nh, T, hs)
+            self.layers[i] = (k, v)
+            # A single new token is the last one. It may read from all, so nothing is hidden.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=(past == 0))  # (B, nh, S, hs)
+            y = y.transpose(1, 2).reshape(B, S, C)
+            x = x + block.attn.c_proj(y)
+            x = x + block.mlp(block.ln_2(x))
+        self.length = past + S
+        return self.model.transformer.ln_f(x[:, -1])
 
 
 def print_plan(cfg, model, loader, device, dtype, checkpoint):
     """Say in plain words what is about to happen, on what, and how to stop it."""
     source = f"the preset {cfg.model}"
+    if cfg.init_from != "scratch":
+        source = "the preset fine-tune"
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint["step"]
@@ -797,6 +900,7 @@ def print_plan(cfg, model, loader, device, dtype, checkpoint):
     updates = cfg.max_steps - first_step
     tokens = updates * cfg.total_batch_size
     epochs = tokens / (loader.rows_per_epoch * loader.T)
+    flops = tokens * flops_per_token(model, loader.T)
     print0(f"Model: {parameters:,} parameters.")
     print0(f"Device: {device.type}.")
     print0(f"Processes: {loader.world}.")
@@ -806,6 +910,7 @@ def print_plan(cfg, model, loader, device, dtype, checkpoint):
     print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
            "process.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
+    print0(f"Work: {flops:.2e} FLOPs. The third update's line says how long they take.")
     print0(f"Log and checkpoints: {cfg.log_dir}/")
     print0("Ctrl-C saves and stops after the next update. The same command with --resume goes on.")
     if checkpoint is not None:
@@ -818,6 +923,31 @@ def validation_line(step, loss, token_bytes):
     if token_bytes > 0:  # there is a text
         line += f" | bits per byte: {loss / math.log(2) / token_bytes:.4f}"
     return line
+
+
+class Speed:
+    """Measure a run's share of what the GPUs could do, and the time that is left."""
+
+    def __init__(self, cfg, model, T, device, dtype, world):
+        self.max_steps = cfg.max_steps
+        self.flops_per_update = flops_per_token(model, T) * cfg.total_batch_size
+        self.peak_flops = peak_flops(device, dtype, world)
+        self.updates = 0
+        self.started = None  # when the first update was done
+
+    def describe(self, step, dt):
+        """Return what to add to the line of update `step`, which took dt seconds. It may be ""."""
+        text = ""
+        if self.peak_flops is not None:
+            # model FLOPs utilisation
+            text += f" | mfu: {self.flops_per_update / dt / self.peak_flops:.1%}"
+        self.updates += 1
+        if self.updates == 1:
+            self.started = time.monotonic()  # the first update is slow: don't count it
+        elif self.updates == 3 or self.updates % 20 == 0:  # soon, then every 20th
+            seconds = (time.monotonic() - self.started) / (self.updates - 1)  # evaluations too
+            text += f" | left: {seconds * (self.max_steps - step - 1) / 60:.1f} min"
+        return text
 
 
 class Log:
@@ -844,7 +974,7 @@ class Log:
 # Checkpoints
 
 
-def save_checkpoint(path, step, cfg, model, optimizer, data_id):
+def save_checkpoint(path, step, cfg, model, optimizer, scaler, data_id):
     """Write all that a run needs to go on after `step` updates: tensors and plain values.
 
     The place in the data follows from the step, and an update draws no random numbers.
@@ -855,6 +985,7 @@ def save_checkpoint(path, step, cfg, model, optimizer, data_id):
         model_config=asdict(model.config),
         train_config=asdict(cfg),
         optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
         step=step,
         data_id=data_id,
     )
@@ -864,8 +995,8 @@ def save_checkpoint(path, step, cfg, model, optimizer, data_id):
         torch.save(checkpoint, f)
 
 
-def restore(checkpoint, cfg, data_id, optimizer):
-    """Put a checkpoint's state into the optimizer. Raises UserError."""
+def restore(checkpoint, cfg, data_id, optimizer, scaler):
+    """Put a checkpoint's state into the optimizer and the scaler. Raises UserError."""
     if checkpoint["step"] > cfg.max_steps:
         raise UserError(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done "
                         "already")
@@ -877,6 +1008,8 @@ def restore(checkpoint, cfg, data_id, optimizer):
     state = optimizer.state_dict()
     state["state"] = checkpoint["optimizer"]["state"]
     optimizer.load_state_dict(state)
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def load_checkpoint(path):
@@ -896,7 +1029,7 @@ def load_checkpoint(path):
         checkpoint = None
     except Exception as error:  # any: PyTorch raises many kinds for wrong bytes
         raise UserError(f"{path} is damaged, or is no checkpoint") from error
-    needed = {"model", "model_config", "train_config", "optimizer", "step", "data_id"}
+    needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step", "data_id"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{path} was saved by another program, or by another version of this one")
     return checkpoint
@@ -944,9 +1077,9 @@ KEPT_FOR_GOOD = 5000  # the checkpoint of each 5000th update is never removed
 class CheckpointSaver:
     """Know when a checkpoint is due, save it, and remove old ones."""
 
-    def __init__(self, cfg, model, optimizer, data_id, checkpoint):
+    def __init__(self, cfg, model, optimizer, scaler, data_id, checkpoint):
         self.cfg = cfg
-        self.state = (cfg, model, optimizer, data_id)
+        self.state = (cfg, model, optimizer, scaler, data_id)
         # The step of the newest checkpoint; what we resumed from counts.
         self.saved_step = None if checkpoint is None else checkpoint["step"]
         self.tried_at = time.monotonic()
@@ -1196,6 +1329,8 @@ def best_dtype(device):
     """Return the name of the type in which device multiplies matrices fastest."""
     if has_bfloat16(device):
         return "bfloat16"
+    if device.type == "cuda":
+        return "float16"  # GPUs before Ampere: T4, V100, RTX 20
     return "float32"
 
 
@@ -1211,6 +1346,29 @@ def prepare(device):
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where new tensors and NCCL go
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks. A third of a step was spent on getting them anew."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)  # what this process has loaded already, glibc among it
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap, whose memory goes back when it is freed
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+
+
+def allow_open_files(count):
+    """Raise this process's limit of open files to count, as far as the system allows it."""
+    if sys.platform == "win32":
+        return
+    import resource  # Windows lacks it
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
 
 
 def compile_model(model, wanted, device, dtype):
@@ -1236,11 +1394,59 @@ def compile_model(model, wanted, device, dtype):
     return torch.compile(model)
 
 
-def fitting_batch_size(T, total_batch_size, device, world):
+# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets, by the device's name
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device, dtype, world):
+    """Return the operations a second that `world` such devices could do, None if not known."""
+    if device.type != "cuda" or dtype == "float32":
+        return None
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    return None if peak is None else peak * world
+
+
+def flops_per_token(model, T):
+    """Return the floating-point operations of training on one token of a sequence of T.
+
+    6 for each weight of a matrix (2 forward, 4 backward), and 12 * layers * width * T for
+    attention (PaLM's paper, appendix B). The embeddings are looked up, not multiplied.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    matrices -= model.transformer.wpe.weight.numel()  # wte counts: it is lm_head too
+    return 6 * matrices + 12 * model.config.n_layer * model.config.n_embd * T
+
+
+def expected_memory(model, B, T, dtype, world):
+    """Return about how many bytes training takes at its peak, not compiled.
+
+    The numbers were counted on a CPU. torch.compile needs less.
+    """
+    config = model.config
+    # The weights, their gradients and AdamW's two averages, 4 bytes each
+    bytes_per_parameter = 16
+    if world > 1:  # DDP has the gradients a second time
+        bytes_per_parameter += 4
+    parameter_bytes = bytes_per_parameter * sum(p.numel() for p in model.parameters())
+    # What a layer keeps for the backward pass, in bytes per token, for each unit of its width
+    layer_bytes = 65 if dtype == "float32" else 40
+    # The logits, their softmax and its gradient, 4 bytes each
+    token_bytes = layer_bytes * config.n_layer * config.n_embd + 12 * config.vocab_size
+    return parameter_bytes + B * T * token_bytes
+
+
+def fitting_batch_size(model, T, total_batch_size, dtype, device, world):
     """Return B for this machine: 64, or less on a CPU, halved until it fits.
 
     It has to divide a process's rows of an update.
     A CPU is busy enough with 512 tokens. More would only take more memory.
+    On a GPU it has to fit into nine tenths of the memory, by an estimate.
     """
     rows = total_batch_size // (T * world)
     B = 64
@@ -1248,7 +1454,25 @@ def fitting_batch_size(T, total_batch_size, device, world):
         B = min(64, max(1, 512 // T))
     while rows % B != 0:
         B //= 2
+    if device.type == "cuda":
+        memory = 0.9 * torch.cuda.get_device_properties(device).total_memory
+        while B > 1 and expected_memory(model, B, T, dtype, world) > memory:
+            B //= 2
     return B
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Turn an error about memory into a UserError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # On a CPU it is a plain RuntimeError, which only its text tells from others.
+        kinds = (torch.OutOfMemoryError, MemoryError)
+        if isinstance(error, kinds) or "DefaultCPUAllocator" in str(error):
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise UserError(f"the memory is too small; {advice} ({reason})") from None
+        raise
 
 
 class StopRequest:
@@ -1296,7 +1520,7 @@ class StopRequest:
 
 
 # What a run that goes on can't change: its model, and the order of its data
-FIXED = ("model", "seq_len", "total_batch_size", "seed", "shuffle")
+FIXED = ("model", "init_from", "seq_len", "total_batch_size", "seed", "shuffle")
 
 
 def check_settings(given, config):
@@ -1327,7 +1551,7 @@ def choose_config(given, checkpoint, device):
         base = checkpoint["train_config"]
         if base.keys() != {f.name for f in fields(TrainConfig)}:
             raise UserError("--resume: the checkpoint is of another version of this program, with "
-                            "other settings")
+                            "other settings; --init_from takes its weights")
         for name in FIXED:
             if given.get(name, base[name]) != base[name]:
                 raise UserError(f"--{name} {given[name]}: the run was begun with {base[name]}; "
@@ -1347,13 +1571,22 @@ def choose_config(given, checkpoint, device):
     base["model"] = "gpt2" if is_large else "laptop"
     settings = base | given
     preset = settings["model"]
+    if given.get("init_from", "scratch") != "scratch":
+        preset = "fine-tune"
+        if "model" in given:
+            raise UserError(f"--model {given['model']} and --init_from {given['init_from']} "
+                            "contradict each other: --model is for a new model; leave one out")
     if no_shards:
         print0(f"no shards in {fineweb.SHARDS}, so: the preset {preset} on input.txt")
     return TrainConfig(**(PRESETS[preset] | settings))
 
 
-def check_batch(B, T, total_batch_size, world):
-    """Raise UserError when micro-batches don't make up an update."""
+def check_batch(model, B, T, total_batch_size, world):
+    """Raise UserError when sequences are too long, or micro-batches don't make up an update."""
+    block_size = model.config.block_size
+    if T > block_size:
+        raise UserError(f"--seq_len {T} is longer than the model's block_size; give --seq_len "
+                        f"{block_size} or less")
     if total_batch_size % (B * T * world) != 0:
         row = T * world
         multiple = math.ceil(total_batch_size / row) * row
@@ -1364,6 +1597,17 @@ def check_batch(B, T, total_batch_size, world):
 
 # -----------------------------------------------------------------------------
 # The command line
+
+
+@dataclass
+class SampleConfig:
+    """The settings of --sample, each of them a flag."""
+
+    num_samples: int = setting(4, "how many texts --sample writes")
+    max_new_tokens: int = setting(256, "tokens in each of them")
+    temperature: float = setting(1.0, "below 1 it prefers likelier tokens; 0 takes the likeliest",
+                                 zero_ok=True)
+    top_k: int = setting(50, "draw each token from this many likeliest ones")
 
 
 def add_flags(group, config):
@@ -1399,17 +1643,91 @@ def parse_flags(argv=None):
     other = parser.add_argument_group("what to do")
     other.add_argument("--resume", action="store_true", default=False,
                        help="go on from the newest checkpoint in log_dir, or begin")
+    instead = other.add_mutually_exclusive_group()
+    instead.add_argument("--export", metavar="FOLDER", default=None,
+                         help="write the newest checkpoint, or init_from, in Hugging Face's format")
+    instead.add_argument("--sample", metavar="TEXT", default=None,
+                         help="continue this text with the newest checkpoint, or init_from")
+    add_flags(other, SampleConfig)
 
     options = parser.parse_args(argv)
     flags = vars(options)
     given = {f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags}
+    options.sampling = {f.name: flags[f.name] for f in fields(SampleConfig) if f.name in flags}
     return given, options
+
+
+def load_asked_model(given):
+    """Return the model that --init_from names, or else that of the newest checkpoint."""
+    if "init_from" in given:
+        return load_model(given["init_from"], "--init_from")
+    log_dir = given.get("log_dir", TrainConfig.log_dir)
+    if not find_checkpoints(log_dir):
+        raise UserError(f"--log_dir {log_dir}: it holds no checkpoint; give --init_from to name a "
+                        "model")
+    return load_model(log_dir, "--log_dir")
+
+
+def write_samples(given, text, sampling):
+    """Print continuations of text. sampling: the settings of SampleConfig that are given."""
+    check_settings(given, TrainConfig)
+    check_settings(sampling, SampleConfig)
+    device = pick_device(given.get("device"))
+    prepare(device)
+    model = load_asked_model(given).to(device)
+    settings = asdict(SampleConfig(**sampling))
+    seed = given.get("seed", TrainConfig.seed)
+    texts = sample(model, text, seed=seed, cache=KVCache(model), **settings)
+    print("\n---\n".join(texts))
+
+
+def export(given, folder):
+    """Write the model into folder in Hugging Face's format, with GPT-2's tokenizer.
+
+    The vocabulary has 50257 tokens again, without our padding. Raises UserError.
+    """
+    model = load_asked_model(given)
+    import transformers  # slow to import, and needed only here
+    from safetensors import SafetensorError  # it turns the disk's errors into this
+
+    transformers.logging.disable_progress_bar()
+    c = model.config
+    config = transformers.GPT2Config(
+        vocab_size=50257, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head,
+    )
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(TRANSPOSED):
+            weight = weight.t()
+        elif name in ("transformer.wte.weight", "lm_head.weight"):
+            weight = weight[:50257]
+        weights[name] = weight.contiguous()  # .t() is only another view of the numbers
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.load_state_dict(weights)
+    with blame(f"--export {folder}", (OSError, SafetensorError)):
+        os.makedirs(folder, exist_ok=True)
+        theirs.save_pretrained(folder)
+        files = fineweb.tokenizer_folder()
+        shutil.copy(files / "encoder.json", os.path.join(folder, "vocab.json"))
+        shutil.copy(files / "vocab.bpe", os.path.join(folder, "merges.txt"))
+        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            f.write('{"tokenizer_class": "GPT2Tokenizer", "model_max_length": %d}' % c.block_size)
+    print(f"saved {folder}: transformers.pipeline('text-generation', {folder!r}) loads it")
 
 
 def command():
     """Do what the command line says."""
     given, options = parse_flags()
-    launch(given, options.resume)
+    if options.sample is not None:
+        with enough_memory("lower --num_samples"):
+            write_samples(given, options.sample, options.sampling)
+        return
+    if options.export is not None:
+        export(given, os.path.expanduser(options.export))
+        return
+    with enough_memory("lower --batch_size"):
+        launch(given, options.resume)
 
 
 if __name__ == "__main__":

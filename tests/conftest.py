@@ -1,4 +1,5 @@
 """pytest's set-up: --history, and what several test files need."""
+import ctypes
 import multiprocessing
 import os
 import re
@@ -18,6 +19,10 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the com
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run side by side, so each gets along with one thread
     os.environ["OMP_NUM_THREADS"] = "1"
+
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # tests in this process: half the time
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc keeps large blocks, where each new one would come from the system,
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: empty, to be filled page by page
 
 
 def pytest_addoption(parser):

@@ -1,13 +1,15 @@
 """The data: shards, texts, and how they are cut into batches."""
 import os
 import re
+import subprocess
+import sys
 import tracemalloc
 
 import hub
 import numpy as np
 import pytest
 import torch
-from conftest import INPUT, damaged, losses
+from conftest import INPUT, ROOT, damaged, losses
 
 import fineweb
 import train_gpt2
@@ -201,6 +203,42 @@ def test_unfinished_shards_are_warned_about(tmp_path, capsys):
     fineweb.write_progress(tmp_path / "shards", progress | dict(done=True))
     load_data(tmp_path / "shards")
     assert capsys.readouterr().err == ""
+
+
+PROBE = """
+import re, resource, sys
+import train_gpt2
+
+def resident():
+    with open("/proc/self/status") as f:
+        return int(re.search(r"RssAnon:\\s+(\\d+)", f.read())[1])
+
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+before = resident()
+arrays, val = train_gpt2.load_data(sys.argv[1])
+train_gpt2.fingerprint([*arrays, val])
+loader = train_gpt2.DataLoaderLite(arrays, 64, 1024, shuffle_seed=1)
+loader.next_row = 10**9
+x, y = loader.next_batch()
+print(*x.shape, loader.rows_per_epoch, resident() - before)  # it opens one more file
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc")
+def test_many_shards_need_little_memory_and_more_open_files_than_usual(tmp_path):
+    header = dict(descr="<u2", fortran_order=False, shape=(100_000_000,))
+    for number in range(1153):
+        with open(tmp_path / fineweb.shard_name(number), "wb") as f:
+            np.lib.format.write_array_header_1_0(f, header)
+            f.truncate(f.tell() + 200_000_000)  # sparse: it takes no room on the disk
+    done = subprocess.run([sys.executable, "-c", PROBE, str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    B, T, rows, kilobytes = map(int, done.stdout.split())
+    assert (B, T) == (64, 1024)
+    assert rows == 1152 * 97_656
+    assert kilobytes < 100_000
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,20 +1,27 @@
 """Where the program runs, and what it finds out about the machine."""
+import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, flags
+from conftest import ROOT, SMALL, flags
 
 import train_gpt2
 from train_gpt2 import (
+    GPT,
+    GPTConfig,
     best_dtype,
     check_torchrun,
+    expected_memory,
     fitting_batch_size,
     has_bfloat16,
     pick_device,
 )
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 
 
 def have_gpus(monkeypatch, count):
@@ -110,6 +117,36 @@ def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
     assert best_dtype(CPU) == ("bfloat16" if answer else "float32")
 
 
+@pytest.mark.parametrize("hardware, name", [(True, "bfloat16"), (False, "float16")])
+def test_float16_on_a_gpu_without_bfloat16(monkeypatch, hardware, name):
+    def is_bf16_supported(including_emulation=True):
+        return hardware or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert has_bfloat16(CUDA) is hardware
+    assert best_dtype(CUDA) == name
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
+                    reason="it is glibc's setting")
+def test_on_a_cpu_freed_memory_stays_with_the_process():
+    code = """
+import re, torch, train_gpt2
+
+def resident():  # in kB
+    with open("/proc/self/status") as f:
+        return int(re.search(r"VmRSS:\\s+(\\d+)", f.read())[1])
+
+train_gpt2.prepare(torch.device("cpu"))
+before = resident()
+x = torch.ones(25_000_000)  # 100 MB
+del x
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) > 90_000, done.stderr
+
+
 @pytest.fixture
 def compile_for(monkeypatch):
     """Return a function that calls compile_model, with a compiler that works or doesn't.
@@ -186,11 +223,67 @@ def test_what_is_compiled_for_a_cpu_is_deterministic(compile_for):
     assert not torch.utils.deterministic.fill_uninitialized_memory  # it only costs time
 
 
+@pytest.mark.parametrize("name, teraflops", [
+    ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H200", 989),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA H100 PCIe", None), ("NVIDIA H200 NVL", None), ("NVIDIA GH200 480GB", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Tesla T4", None),
+])
+def test_a_gpus_peak_by_its_whole_name(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    if teraflops is None:
+        assert train_gpt2.peak_flops(CUDA, "float16", 8) is None
+    else:
+        assert train_gpt2.peak_flops(CUDA, "bfloat16", 1) == teraflops * 1e12
+        assert train_gpt2.peak_flops(CUDA, "bfloat16", 8) == 8 * teraflops * 1e12
+        assert train_gpt2.peak_flops(CUDA, "float32", 1) is None
+
+
+def test_a_cpus_peak_is_not_known():
+    assert train_gpt2.peak_flops(CPU, "bfloat16", 1) is None
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    """Return a GPT-2 (124M) without numbers."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab_size=50304))
+
+
+@pytest.mark.parametrize("gigabytes, world, B", [
+    (80, 1, 64), (80, 8, 64), (24, 1, 16), (16, 1, 8), (2, 1, 1),
+])
+def test_the_micro_batch_fits_the_card(monkeypatch, gpt2, gigabytes, world, B):
+    class Card:
+        total_memory = gigabytes * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    assert fitting_batch_size(gpt2, 1024, 2**19, "bfloat16", CUDA, world) == B
+    used = expected_memory(gpt2, B, 1024, "bfloat16", world)
+    assert B == 1 or used < Card.total_memory
+    # Twice as much wouldn't fit, or wouldn't be needed.
+    assert B == 64 or expected_memory(gpt2, 2 * B, 1024, "bfloat16", world) > Card.total_memory
+
+
+def test_what_the_memory_is_for(gpt2):
+    parameters = 124_475_904  # with 47 more rows of 768
+    alone = expected_memory(gpt2, 8, 1024, "bfloat16", 1)
+    assert alone > 16 * parameters
+    assert expected_memory(gpt2, 8, 1024, "bfloat16", 8) == alone + 4 * parameters  # DDP's copy
+    assert expected_memory(gpt2, 16, 1024, "bfloat16", 1) > alone
+    assert expected_memory(gpt2, 8, 1024, "float32", 1) > alone
+
+
 @pytest.mark.parametrize("T, rows, B", [
     (64, 64, 8), (64, 8, 8), (64, 12, 4), (64, 7, 1), (16, 512, 32), (4, 512, 64),
     (1024, 512, 1), (8192, 4, 1),  # 512 tokens keep a CPU busy
 ])
 @pytest.mark.parametrize("world", [1, 3])
-def test_the_micro_batch_divides_an_update(T, rows, B, world):
+def test_the_micro_batch_divides_an_update(gpt2, T, rows, B, world):
     total_batch_size = T * rows * world
-    assert fitting_batch_size(T, total_batch_size, CPU, world) == B
+    assert fitting_batch_size(gpt2, T, total_batch_size, "float32", CPU, world) == B
+
+
+def test_a_micro_batch_for_an_update_that_is_too_small(gpt2, fails):
+    B = fitting_batch_size(gpt2, 64, 100, "float32", CPU, 1)
+    assert "--total_batch_size 100" in fails(train_gpt2.check_batch, gpt2, B, 64, 100, 1)

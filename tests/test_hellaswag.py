@@ -288,6 +288,39 @@ def test_every_loss_is_hugging_faces(model, our_losses, their_losses, rendered):
         assert torch.allclose(sums, whole[number], rtol=1e-6, atol=1e-4)
 
 
+def test_padding_counts_for_nothing(model, rendered, our_losses):
+    tokens, mask = hellaswag.stack(rendered[:8])
+    assert tokens.shape == mask.shape == (32, max(x.tokens.shape[1] for x in rendered[:8]))
+    more = torch.zeros(32, 50, dtype=torch.int64)
+    with torch.no_grad():
+        losses = hellaswag.score(model, torch.cat((tokens, more), dim=1),
+                                 torch.cat((mask, more), dim=1))
+    assert losses.shape == (32,)
+    means = (losses / mask.sum(dim=1)).view(8, 4)
+    assert torch.allclose(means, our_losses[:8], rtol=1e-6, atol=1e-5)
+
+
+def test_what_else_is_in_a_batch_changes_nothing(model, rendered, our_losses):
+    for number in (0, 33, N - 1):
+        alone = hellaswag.ending_losses(model, [rendered[number]])
+        assert torch.allclose(alone[0], our_losses[number], rtol=1e-6, atol=1e-5)
+    backwards = hellaswag.ending_losses(model, rendered[::-1])
+    assert torch.allclose(backwards.flip(0), our_losses, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 2**11, 2**14])
+def test_batches(rendered, tokens_at_once):
+    batches = hellaswag.make_batches(rendered, tokens_at_once)
+    together = [number for numbers in batches for number in numbers]
+    assert sorted(together) == list(range(N))
+    lengths = [rendered[number].tokens.shape[1] for number in together]
+    assert lengths == sorted(lengths, reverse=True)  # if memory is short, it shows at once
+    for numbers in batches:
+        tokens, _ = hellaswag.stack([rendered[number] for number in numbers])
+        assert tokens.numel() <= tokens_at_once or len(numbers) == 1
+    assert len(batches) < N or tokens_at_once == 1
+
+
 def test_lm_head_is_applied_only_where_an_ending_is_predicted(model, rendered):
     sizes = []
 
@@ -406,6 +439,19 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch, fails, server)
     monkeypatch.setattr(hellaswag, "download", download)
     message = fails(hellaswag.main, ["-d", "cpu"])
     assert "404" in message and hellaswag.PATH in message
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate"),
+])
+def test_too_little_memory_is_one_line(model_folder, monkeypatch, fails, error):
+    def score(*args):
+        raise error
+
+    monkeypatch.setattr(hellaswag, "score", score)
+    flags = ["-m", model_folder, "-d", "cpu", "--data", EXAMPLES]
+    assert "--model" in fails(hellaswag.main, flags)
 
 
 def test_a_score_on_a_cpu_repeats(model_folder, capsys):

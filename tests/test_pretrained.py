@@ -1,6 +1,8 @@
 """OpenAI's weights, by way of Hugging Face: the same numbers come out, and go in again."""
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import offline
@@ -151,3 +153,52 @@ def test_missing_weights_are_not_made_up(fails, copy):
     load_model(str(copy), "--init_from")
     change_config(copy, n_positions=32)
     assert "wpe.weight" in refused(fails, copy)
+
+
+def test_an_exported_model_is_the_same_for_both(train, monkeypatch, tmp_path):
+    from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+    model, _ = train(max_steps=1, checkpoint_interval=1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--export=~/exported"])
+    train_gpt2.command()
+    theirs = GPT2LMHeadModel.from_pretrained("exported")
+    again = load_model("exported", "--init_from")
+    assert theirs.config.vocab_size == again.config.vocab_size == 50257  # the padding is gone
+    assert theirs.config.n_positions == again.config.block_size == model.config.block_size
+    with torch.no_grad():
+        logits = model(IDX)[0][:, :, :50257]
+        assert torch.equal(again(IDX)[0], logits)
+        assert torch.allclose(theirs(IDX).logits, logits, atol=1e-5)
+    text = "naïve café 東京 \n x=1; don't <|endoftext|>"
+    tokens = fineweb.gpt2_encoding().encode(text, allowed_special="all")
+    assert GPT2Tokenizer.from_pretrained("exported").encode(text) == tokens
+    # a second export, of the first one
+    train_gpt2.export(dict(init_from="exported"), "exported again")
+    for name, weight in load_model("exported again", "--init_from").state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+
+
+def test_an_export_that_cannot_be_written(folder, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/folder"):
+        assert f"--export {place}" in fails(train_gpt2.export, dict(init_from=folder), place)
+    message = fails(train_gpt2.export, dict(log_dir="nothing"), "exported")
+    assert "--log_dir nothing" in message
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size there")
+@pytest.mark.parametrize("limit", [10, 100_000])  # the config, the weights
+def test_an_export_to_a_full_disk(folder, fails, tmp_path, limit):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a write beyond it is an error
+    try:
+        message = fails(train_gpt2.export, dict(init_from=folder), str(tmp_path / "exported"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"--export {tmp_path / 'exported'}" in message

@@ -43,11 +43,16 @@ def test_every_command_has_settings_that_fit_its_number_of_processes(line, monke
     world = math.prod(int(number) for number in numbers)
     gpu = torch.device("cuda", 0)
     device = torch.device("cpu") if given.get("device") == "cpu" else gpu
+    memory = type("Properties", (), dict(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     given.setdefault("data", str(ROOT) if device == gpu else "input.txt")  # a folder: shards
     cfg = train_gpt2.choose_config(given, None, device)
     T = cfg.seq_len or 1024
-    B = train_gpt2.fitting_batch_size(T, cfg.total_batch_size, device, world)
-    train_gpt2.check_batch(B, T, cfg.total_batch_size, world)
+    shape = train_gpt2.MODEL_SIZES[cfg.model]
+    with torch.device("meta"):
+        model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=T, **shape))
+    B = train_gpt2.fitting_batch_size(model, T, cfg.total_batch_size, "bfloat16", device, world)
+    train_gpt2.check_batch(model, B, T, cfg.total_batch_size, world)
 
 
 def test_every_flag_in_the_text_is_one():

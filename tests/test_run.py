@@ -294,12 +294,42 @@ def test_a_checkpoint_needs_nothing_of_ours(train):
     assert loaded.config == model.config and same(loaded, model)
 
 
-def test_hellaswag_scores_a_checkpoint(train, capsys):
+def test_a_run_and_hellaswag_start_from_a_checkpoint(train, capsys):
+    model, _ = train(checkpoint_interval=6)
+    settings = {name: value for name, value in SMALL.items() if name != "model"}
+    for name in ("log/model_00006.pt", "log"):
+        launch(settings | dict(init_from=name, log_dir="log2", max_steps=1, eval_interval=1))
+        _, val = text_tokens()
+        assert val_losses(capsys.readouterr().out)[0] == f"{evaluate(model, val, 2, 16):.6f}"
+
     model, _ = train(checkpoint_interval=6, seq_len=256, total_batch_size=512, max_steps=1)
     hellaswag.main(["-m", "log/model_00001.pt", "--data", EXAMPLES, "--limit", "20", "-d", "cpu"])
     shown = re.findall(r"mean loss per token +(\d\.\d{4}) \+-", capsys.readouterr().out)
     right = hellaswag.count_right(model, take_examples(20))
     assert shown == [f"{right / 20:.4f}"]
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(train, fails, capsys):
+    train(checkpoint_interval=6, max_steps=1)
+    whole = Path("log/model_00001.pt").read_bytes()
+    for name, data in dict(cut=whole[: len(whole) // 2], empty=b"", text=b"To be").items():
+        Path(f"{name}.pt").write_bytes(data)
+    Path("flipped.pt").write_bytes(whole)
+    spoil("flipped.pt")
+    config = dict(n_layer=1, n_head=1, n_embd=8)
+    nano = dict(model={}, optimizer={}, model_args=config, iter_num=1, best_val_loss=1.0, config={})
+    torch.save(nano, "nano.pt")
+    torch.save(dict(model={}, config=GPTConfig()), "pickled.pt")  # build-nanogpt's
+    settings = {name: value for name, value in SMALL.items() if name != "model"}
+    for name in ("cut", "empty", "text", "flipped", "nano", "pickled", "gone"):
+        path = f"{name}.pt"
+        message = fails(launch, settings | dict(init_from=path, log_dir="log2"))
+        assert path in message
+        assert "\x1b" not in message
+        if name in ("nano", "pickled"):
+            assert "another program" in message
+    assert "flipped.pt" in fails(hellaswag.main, ["-m", "flipped.pt", "--data", EXAMPLES])
+    assert files("log2") == []
 
 
 def test_no_damage_of_a_checkpoint_goes_unseen(train):
@@ -417,11 +447,11 @@ EVERYTHING = dict(
 
 
 def state_of(checkpoint):
-    """Return the optimizer's tensors, and the step."""
+    """Return the optimizer's tensors and the scaler's numbers."""
     tensors = []
     for state in checkpoint["optimizer"]["state"].values():
         tensors += [value.flatten() for value in state.values()]
-    return torch.cat(tensors), checkpoint["step"]
+    return torch.cat(tensors), checkpoint["scaler"], checkpoint["step"]
 
 
 def resume_each(train, settings, steps):
@@ -483,6 +513,28 @@ def test_resume_compiled_and_nothing_compiles_again(train, compiler):
     resumed, out = train(resume=True)
     assert "Going on after 3 of 5 updates." in out
     assert LOG.read_text() == log and same(model, resumed)
+
+
+def test_resume_with_float16_and_an_overflow(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        plant(patch, [2], "gradient")
+        _, whole = train(dtype="float16", seq_len=4, total_batch_size=16, **EVERYTHING)
+    before, after = (load_checkpoint(f"log/model_0000{step}.pt") for step in (2, 3))
+    assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+    unchanged = [torch.equal(before["model"][name], after["model"][name])
+                 for name in before["model"]]
+    assert all(unchanged)
+    assert len(losses(whole)) == 6
+
+    last = load_checkpoint("log/model_00006.pt")
+    log = LOG.read_text()
+    for number in (4, 5, 6):
+        os.remove(f"log/model_0000{number}.pt")
+    train(resume=True)  # just after the overflow
+    again = load_checkpoint("log/model_00006.pt")
+    assert LOG.read_text() == log
+    assert torch.equal(state_of(again)[0], state_of(last)[0])
+    assert state_of(again)[1:] == state_of(last)[1:]
 
 
 def crash(function, *args, **kwargs):
@@ -558,6 +610,7 @@ def test_what_a_run_was_begun_with_stays(train, fails):
     train(checkpoint_interval=6)
     before = files("log")
     assert "--model gpt2" in fails(train, resume=True, model="gpt2")
+    assert "--init_from gpt2" in fails(train, resume=True, init_from="gpt2")
     for name, value in dict(seq_len=8, total_batch_size=128, seed=5, shuffle=False).items():
         assert f"--{name} {value}" in fails(train, resume=True, **{name: value})
     text = Path("text.txt").read_text(encoding="utf-8")
@@ -611,6 +664,7 @@ def test_a_checkpoint_of_another_version_is_refused(train, fails):
         checkpoint["train_config"]["of_the_future"] = 1
         torch.save(checkpoint, f"log/model_{number:05d}.pt")
     assert "another version" in fails(launch, dict(max_steps=8), resume=True)
+    train_gpt2.load_model("log", "--init_from")  # its weights can be used
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, capsys):
@@ -704,3 +758,18 @@ def test_bad_numbers_that_go_on_end_the_run_and_the_good_weights_are_saved(
     assert all(torch.isfinite(p).all() for p in saved.parameters())
     begun = train_gpt2.model_of(load_checkpoint("log/model_00000.pt"))
     assert not same(saved, begun)
+
+
+@pytest.mark.parametrize("bad, updates", [(15, 18), (100, 17)])
+def test_float16_may_halve_its_scale_often_at_the_start(
+        small, capsys, fails, monkeypatch, bad, updates):
+    plant(monkeypatch, range(bad), "gradient")
+    settings = SMALL | dict(dtype="float16", seq_len=4, total_batch_size=16, max_steps=18,
+                            checkpoint_interval=100)
+    if bad == 15:
+        launch(settings)
+    else:
+        message = fails(launch, settings)  # 2**16, halved 16 times, is 1
+        assert f"step {updates - 1}" in message
+    assert capsys.readouterr().out.count("skipped") == min(bad, updates)
+    assert train_gpt2.find_checkpoints("log") == [updates, 0]
