@@ -4,10 +4,13 @@
 """
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 # -----------------------------------------------------------------------------
 # The model. Shapes: B sequences of T tokens, and C = n_embd numbers for each token.
+# Attention has nh = n_head heads, each of them hs = C // nh numbers wide.
 
 
 @dataclass
@@ -17,7 +20,45 @@ class GPTConfig:
     block_size: int = 1024  # the longest sequence it can read, in tokens
     vocab_size: int = 50257  # how many tokens it knows
     n_layer: int = 12  # how many blocks
+    n_head: int = 12  # attention heads in each of them
     n_embd: int = 768  # the width: each token is a vector of this many numbers
+
+
+class CausalSelfAttention(nn.Module):
+    """Let each token read from itself and from the tokens before it. (B, T, C) -> (B, T, C).
+
+    Each token makes a query, a key and a value. The dot products of its query with its own key and
+    with those of the tokens before it are scores. A softmax turns them into shares. The result is
+    the sum of the values, each times its share. This is multi-head attention, as in "Attention Is
+    All You Need" (2017), section 3.2. Raises ValueError when n_embd is not a multiple of n_head.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        hs = C // self.n_head
+        qkv = self.c_attn(x)  # (B, T, 3 * C)
+        q, k, v = qkv.split(C, dim=2)  # (B, T, C) each
+        # Cut the width into heads and move them beside B: each head works alone.
+        q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        # A score is a sum of hs products. If q and k have a standard deviation of 1, the sum has
+        # sqrt(hs). Divide by that. Otherwise one share could be near 1 from the start.
+        scores = q @ k.transpose(-2, -1) / hs**0.5  # (B, nh, T, T)
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # is the key later?
+        scores = scores.masked_fill(later, float("-inf"))
+        shares = F.softmax(scores, dim=-1)  # (B, nh, T, T); exp(-inf) is 0
+        y = shares @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -37,18 +78,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the transformer: so far the MLP alone. (B, T, C) -> (B, T, C).
+    """One layer of the transformer: attention, then the MLP. (B, T, C) -> (B, T, C).
 
-    It reads a normalised copy of x, and adds its result to x. This x, which runs through
+    Each of them reads a normalised copy of x, and adds its result to x. This x, which runs through
     all layers, is called the residual stream.
     """
 
     def __init__(self, config):
         super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
 

@@ -1,10 +1,14 @@
 """The model: its shape, and what a forward pass may and may not do."""
+import math
+
+import pytest
 import torch
 
 from train_gpt2 import (
     GPT,
     MLP,
     Block,
+    CausalSelfAttention,
     GPTConfig,
 )
 
@@ -12,6 +16,7 @@ TINY = GPTConfig(
     block_size=16,
     vocab_size=50257,
     n_layer=2,
+    n_head=2,
     n_embd=32,
 )
 
@@ -23,6 +28,11 @@ def test_the_names_are_those_of_openais_checkpoint():
         "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight",
         "transformer.ln_f.bias", "lm_head.weight",
     } <= names
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="n_embd 32 .* n_head 3"):
+        GPT(GPTConfig(n_embd=32, n_head=3))
 
 
 def test_block_adds_to_the_residual_stream():
@@ -43,3 +53,20 @@ def test_mlp_sees_each_token_alone():
     mlp = MLP(TINY)
     x = torch.randn(1, 5, 32)
     assert torch.allclose(mlp(x)[:, 3:4], mlp(x[:, 3:4]), atol=1e-6)
+
+
+def test_attention_by_hand():
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(TINY)  # two heads of 16 numbers
+    x = torch.randn(3, 5, 32)
+    q, k, v = layer.c_attn(x).split(32, dim=2)
+    y = torch.zeros(3, 5, 32)
+    for b in range(3):
+        for start in (0, 16):  # where a head's numbers begin
+            head = slice(start, start + 16)
+            for t in range(5):
+                scores = [(q[b, t, head] @ k[b, other, head]).item() / 4 for other in range(t + 1)]
+                total = sum(math.exp(score) for score in scores)
+                for other, score in enumerate(scores):
+                    y[b, t, head] += math.exp(score) / total * v[b, other, head].detach()
+    assert torch.allclose(layer(x), layer.c_proj(y), atol=1e-5)
