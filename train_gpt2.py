@@ -115,6 +115,36 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
+    def hidden(self, idx):
+        """Return the vectors that lm_head will score, one for each position: (B, T, C).
+
+        idx: token ids, (B, T), int64.
+        Raises ValueError when the sequence is longer than block_size.
+        """
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are longer than block_size, {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)  # (T,)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe(pos)  # (T, C), the same for each row
+        x = tok_emb + pos_emb  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx):
+        """Score each possible next token at each position.
+
+        idx: token ids, (B, T), int64.
+        Returns (logits, loss).
+        logits: the scores, (B, T, vocab_size).
+        loss: None; it comes with training.
+        """
+        x = self.hidden(idx)  # (B, T, C)
+        logits = self.lm_head(x)  # (B, T, vocab_size)
+        loss = None
+        return logits, loss
+
 
 if __name__ == "__main__":
     model = GPT(GPTConfig())

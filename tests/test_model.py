@@ -70,3 +70,46 @@ def test_attention_by_hand():
                 for other, score in enumerate(scores):
                     y[b, t, head] += math.exp(score) / total * v[b, other, head].detach()
     assert torch.allclose(layer(x), layer.c_proj(y), atol=1e-5)
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    idx = torch.randint(50257, (1, 16))
+    before, _ = model(idx)
+    for t in range(16):
+        changed = idx.clone()
+        changed[:, t] = (idx[:, t] + 1) % 50257
+        after, _ = model(changed)
+        assert torch.allclose(after[:, :t], before[:, :t], atol=1e-6)
+        difference = (after[:, t:] - before[:, t:]).abs().amax(dim=(0, 2))
+        assert difference.min() > 1e-6  # and it does change all later ones
+
+
+def test_order_matters():
+    torch.manual_seed(0)
+    one_layer = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=32))  # only wpe can tell
+    there, _ = one_layer(torch.tensor([[5, 6, 7]]))
+    back, _ = one_layer(torch.tensor([[6, 5, 7]]))
+    assert not torch.allclose(there[:, -1], back[:, -1], atol=1e-4)
+
+
+def test_forward_returns_logits_and_no_loss():
+    logits, loss = GPT(TINY)(torch.randint(50257, (3, 7)))
+    assert logits.shape == (3, 7, 50257)
+    assert loss is None
+
+
+def test_hidden_is_what_lm_head_reads():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    idx = torch.randint(50257, (3, 7))
+    x = model.hidden(idx)
+    assert x.shape == (3, 7, 32)
+    assert torch.equal(model.lm_head(x), model(idx)[0])
+
+
+def test_a_sequence_longer_than_block_size_is_refused():
+    idx = torch.zeros(1, 17, dtype=torch.int64)
+    with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
+        GPT(TINY)(idx)
