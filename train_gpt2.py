@@ -97,6 +97,15 @@ class Block(nn.Module):
         return x
 
 
+# OpenAI stored these weights as (in, out). nn.Linear wants (out, in).
+TRANSPOSED = (
+    "attn.c_attn.weight",
+    "attn.c_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)
+
+
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
 
@@ -144,6 +153,31 @@ class GPT(nn.Module):
         logits = self.lm_head(x)  # (B, T, vocab_size)
         loss = None
         return logits, loss
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """Return a GPT with the weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or of a folder.
+
+        The folder is in Hugging Face's format. Raises OSError when there are no such weights.
+        """
+        import transformers  # slow to import, and needed only here
+
+        transformers.logging.set_verbosity_error()  # what matters is checked below
+        transformers.logging.disable_progress_bar()
+        source = transformers.GPT2LMHeadModel.from_pretrained(name)
+        config = GPTConfig(
+            block_size=source.config.n_positions,
+            n_layer=source.config.n_layer,
+            n_head=source.config.n_head,
+            n_embd=source.config.n_embd,
+        )
+        weights = source.state_dict()
+        for key in weights:
+            if key.endswith(TRANSPOSED):  # it ends with one of the four names
+                weights[key] = weights[key].t()
+        model = cls(config)
+        model.load_state_dict(weights)
+        return model
 
 
 if __name__ == "__main__":
