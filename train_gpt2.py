@@ -180,6 +180,24 @@ class GPT(nn.Module):
         return model
 
 
+# -----------------------------------------------------------------------------
+# Text from the model
+
+
+def draw_token(logits, temperature, top_k, generator):
+    """Draw one of the top_k likeliest tokens for each row: (B, vocab_size) -> (B, 1).
+
+    Their logits are divided by the temperature. A temperature of 0 takes the likeliest token.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+    top_k = min(top_k, logits.size(-1))
+    top_logits, top_ids = logits.topk(top_k)  # (B, top_k) each
+    probs = F.softmax(top_logits / temperature, dim=-1)  # (B, top_k)
+    choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+    return top_ids.gather(1, choice)  # (B, 1), the ids of what was chosen
+
+
 if __name__ == "__main__":
     model = GPT(GPTConfig())
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
