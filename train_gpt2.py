@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fineweb import gpt2_encoding
+
 # -----------------------------------------------------------------------------
 # The model. Shapes: B sequences of T tokens, and C = n_embd numbers for each token.
 # Attention has nh = n_head heads, each of them hs = C // nh numbers wide.
@@ -196,6 +198,28 @@ def draw_token(logits, temperature, top_k, generator):
     probs = F.softmax(top_logits / temperature, dim=-1)  # (B, top_k)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
     return top_ids.gather(1, choice)  # (B, 1), the ids of what was chosen
+
+
+@torch.no_grad()
+def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42):
+    """Return num_samples texts that begin with prompt and go on for max_new_tokens tokens.
+
+    The same seed draws the same texts.
+    """
+    encoding = gpt2_encoding()
+    tokens = encoding.encode(prompt, allowed_special="all")  # <|endoftext|> is one token
+    device = next(model.parameters()).device
+    # Its own source of random numbers, so that sampling changes no others
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
+    for _ in range(max_new_tokens):
+        window = idx[:, -model.config.block_size :]  # what the model can read
+        x = model.hidden(window)[:, -1]  # (B, C), the last position
+        logits = model.lm_head(x)  # (B, vocab_size)
+        next_token = draw_token(logits, temperature, top_k, generator)  # (B, 1)
+        idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
+    drawn = idx[:, len(tokens):].tolist()  # B lists of ids
+    return [prompt + encoding.decode(row) for row in drawn]
 
 
 if __name__ == "__main__":
