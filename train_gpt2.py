@@ -222,6 +222,48 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
     return [prompt + encoding.decode(row) for row in drawn]
 
 
+# -----------------------------------------------------------------------------
+# The run
+
+
+def launch():
+    """Choose the device, call main(), and return its model."""
+    device = pick_device()
+    model = main(device)
+    return model
+
+
+def main(device):
+    """Build a model, and let it write. Return it."""
+    torch.manual_seed(1337)  # the same random weights each time
+    model = GPT(GPTConfig()).to(device)
+    print_plan(model, device)
+    for text in sample(model, "Hello, I'm a language model,"):
+        print(">", text)
+    return model
+
+
+def print_plan(model, device):
+    """Print what is about to happen."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"Model: {parameters:,} parameters.")
+    print(f"Device: {device.type}.")
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+
+def pick_device():
+    """Return the best torch.device: a GPU (cuda), Apple's (mps), or the cpu."""
+    usable = []
+    if torch.cuda.is_available():
+        usable.append("cuda")
+    if torch.backends.mps.is_available():
+        usable.append("mps")
+    usable.append("cpu")
+    return torch.device(usable[0])
+
+
 if __name__ == "__main__":
-    model = GPT(GPTConfig())
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    launch()

@@ -1,0 +1,21 @@
+"""Where the program runs."""
+import pytest
+import torch
+
+from train_gpt2 import (
+    pick_device,
+)
+
+
+def have_gpus(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize("gpus, mps, best", [
+    (1, True, "cuda"), (0, True, "mps"), (0, False, "cpu"),
+])
+def test_the_best_device_is_picked(monkeypatch, gpus, mps, best):
+    have_gpus(monkeypatch, gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device().type == best
