@@ -2,6 +2,7 @@
 import functools
 from importlib.metadata import distribution
 
+import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -32,3 +33,9 @@ def gpt2_encoding():
         mergeable_ranks=ranks,  # the pairs, the earliest first
         special_tokens={END_OF_TEXT: 50256},
     )
+
+
+def encode(text):
+    """Return the tokens of text, a str: (n,) uint16. <|endoftext|> in it is ordinary text."""
+    tokens = gpt2_encoding().encode_to_numpy(text, disallowed_special=())  # (n,) uint32
+    return tokens.astype(np.uint16)

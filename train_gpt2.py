@@ -4,10 +4,12 @@
 """
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import fineweb
 from fineweb import gpt2_encoding
 
 # -----------------------------------------------------------------------------
@@ -223,6 +225,48 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
 
 
 # -----------------------------------------------------------------------------
+# The data
+
+
+def load_text(path):
+    """Return (arrays, val) of a text: its tokens, uint16, (n,) each.
+
+    path: a text file. arrays: a list with one array, the first 90%. val: the last 10%.
+    """
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    tokens = fineweb.encode(text)
+    split = len(tokens) * 9 // 10
+    return [tokens[:split]], tokens[split:]
+
+
+class DataLoaderLite:
+    """Cut arrays of tokens, (n,) uint16 each, into rows of T tokens, and hand out B rows at a time.
+
+    Each row comes with the token behind it, the last one's target.
+    """
+
+    def __init__(self, arrays, B, T):
+        self.arrays = arrays
+        self.B = B
+        self.T = T
+
+    def read_row(self, number):
+        """Return row `number` of the text: T tokens and one more, (T + 1,) uint16."""
+        start = number * self.T
+        return self.arrays[0][start : start + self.T + 1]
+
+    def next_batch(self):
+        """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
+        rows = [self.read_row(i) for i in range(self.B)]
+        tokens = np.stack(rows)  # (B, T + 1)
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        x = tokens[:, :-1].contiguous()  # (B, T)
+        y = tokens[:, 1:].contiguous()  # (B, T)
+        return x, y
+
+
+# -----------------------------------------------------------------------------
 # The run
 
 
@@ -237,17 +281,24 @@ def main(device):
     """Build a model, and let it write. Return it."""
     torch.manual_seed(1337)  # the same random weights each time
     model = GPT(GPTConfig()).to(device)
-    print_plan(model, device)
+
+    # The data
+    arrays, val = load_text("input.txt")
+    loader = DataLoaderLite(arrays, B=4, T=32)
+
+    print_plan(model, loader, device)
     for text in sample(model, "Hello, I'm a language model,"):
         print(">", text)
     return model
 
 
-def print_plan(model, device):
+def print_plan(model, loader, device):
     """Print what is about to happen."""
     parameters = sum(p.numel() for p in model.parameters())
+    tokens_there = sum(len(array) for array in loader.arrays)
     print(f"Model: {parameters:,} parameters.")
     print(f"Device: {device.type}.")
+    print(f"Data: {tokens_there:,} tokens of input.txt.")
 
 
 # -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+INPUT = str(ROOT / "input.txt")
 
 
 def pytest_addoption(parser):
