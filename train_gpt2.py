@@ -145,17 +145,21 @@ class GPT(nn.Module):
             x = block(x)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx):
+    def forward(self, idx, targets=None):
         """Score each possible next token at each position.
 
         idx: token ids, (B, T), int64.
+        targets: the ids that come next, (B, T), int64. Each position is an example to learn from.
         Returns (logits, loss).
         logits: the scores, (B, T, vocab_size).
-        loss: None; it comes with training.
+        loss: the mean cross-entropy in nats (natural-log units) per token; None without targets.
         """
         x = self.hidden(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, vocab_size)
         loss = None
+        if targets is not None:
+            # (B * T, vocab_size) and (B * T,): one example a row
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
     @classmethod
@@ -287,9 +291,19 @@ def main(device):
     loader = DataLoaderLite(arrays, B=4, T=32)
 
     print_plan(model, loader, device)
+
+    x, y = fetch_batch(loader, device)
+    loss = model(x, y)[1]
+    print(f"loss: {loss.item():.6f}")
     for text in sample(model, "Hello, I'm a language model,"):
         print(">", text)
     return model
+
+
+def fetch_batch(loader, device):
+    """Return the loader's next x and y on device."""
+    x, y = loader.next_batch()
+    return x.to(device), y.to(device)
 
 
 def print_plan(model, loader, device):

@@ -113,3 +113,25 @@ def test_a_sequence_longer_than_block_size_is_refused():
     idx = torch.zeros(1, 17, dtype=torch.int64)
     with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
         GPT(TINY)(idx)
+
+
+def test_the_first_loss_is_that_of_a_guess():
+    torch.manual_seed(0)
+    idx = torch.randint(50257, (4, 17))
+    wide = GPT(GPTConfig(block_size=32, n_layer=1))  # as wide as GPT-2
+    for model in (GPT(TINY), wide):
+        _, loss = model(idx[:, :16], idx[:, 1:])
+        assert abs(loss.item() - math.log(50257)) < 0.3
+
+
+def test_the_loss_is_the_mean_of_minus_log_probability():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    idx = torch.randint(50257, (2, 6))
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    probabilities = logits.double().softmax(dim=-1)
+    total = 0.0
+    for b in range(2):
+        for t in range(5):
+            total -= math.log(probabilities[b, t, idx[b, t + 1]].item())
+    assert math.isclose(loss.item(), total / 10, rel_tol=1e-5)
