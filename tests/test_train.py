@@ -1,7 +1,9 @@
 """The recipe and the training step, with a model that is small enough for a test."""
 import math
+import re
 
-from conftest import losses
+import pytest
+from conftest import SMALL, losses
 
 import train_gpt2
 
@@ -29,3 +31,29 @@ def test_a_run_repeats(train):
     _, out = train(max_steps=3)
     assert losses(train(max_steps=3)[1]) == losses(out)
     assert losses(train(max_steps=3, seed=1)[1]) != losses(out)
+
+
+# -------------------------------------------------------------------------------------------------
+# What is printed
+
+STEP = re.compile(
+    r"step +(\d+) \| loss: \d+\.\d{6} \| "
+    r"dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d)(.*)"
+)
+
+
+def step_lines(capsys, **settings):
+    """Return the matches of STEP with the lines of a run's steps."""
+    train_gpt2.launch(SMALL | settings)
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if re.match(r"step +\d+ \| loss", line)]
+    assert found[0].startswith("step     0 | loss: ")
+    return [STEP.fullmatch(line) for line in found]
+
+
+def test_the_steps_line(small, capsys):
+    matches = step_lines(capsys, max_steps=4)
+    assert [int(match[1]) for match in matches] == [0, 1, 2, 3]
+    for match in matches:
+        seconds = float(match[2]) / 1000
+        assert float(match[3]) * seconds == pytest.approx(32, rel=0.01)
