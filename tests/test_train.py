@@ -3,6 +3,7 @@ import math
 import re
 
 import pytest
+import torch
 from conftest import SMALL, losses
 
 import train_gpt2
@@ -31,6 +32,15 @@ def test_a_run_repeats(train):
     _, out = train(max_steps=3)
     assert losses(train(max_steps=3)[1]) == losses(out)
     assert losses(train(max_steps=3, seed=1)[1]) != losses(out)
+
+
+def test_16_bits_train_like_float32(train):
+    _, exact = train(max_steps=4)
+    model, rounded = train(max_steps=4, dtype="bfloat16")
+    assert losses(exact) != losses(rounded)
+    assert numbers(rounded) == pytest.approx(numbers(exact), abs=0.05)
+    for p in model.parameters():
+        assert p.dtype == torch.float32  # only products are rounded
 
 
 # -------------------------------------------------------------------------------------------------
