@@ -43,6 +43,13 @@ def test_16_bits_train_like_float32(train):
         assert p.dtype == torch.float32  # only products are rounded
 
 
+def test_compiled_losses_equal_eager_ones(train, compiler):
+    model, out = train(compile=False)
+    compiled_model, compiled_out = train(compile=True)
+    assert numbers(compiled_out) == pytest.approx(numbers(out), abs=1e-3)
+    assert list(compiled_model.state_dict()) == list(model.state_dict())  # no _orig_mod. in front
+
+
 # -------------------------------------------------------------------------------------------------
 # What is printed
 
