@@ -342,6 +342,7 @@ class TrainConfig:
     batch_size: int = setting(8, "B, sequences in a batch")
     max_steps: int = setting(19073, "updates of the weights")
     max_lr: float = setting(6e-4, "the learning rate")
+    grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this norm")
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
@@ -414,11 +415,13 @@ def main(given, device):
         loss.backward()
         # Fetch the next batch here, while a GPU still computes this one.
         x, y = fetch_batch(loader, device)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         mean_loss = loss.item()  # waits until the GPU is done: dt is right
         optimizer.step()
         dt = time.perf_counter() - t0  # seconds
 
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
+        line += f" | norm: {norm:.4f}"
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {B * T / dt:.2f}"
         print(line)
     for text in sample(model, "Hello, I'm a language model,"):

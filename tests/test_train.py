@@ -14,8 +14,20 @@ from train_gpt2 import (
 )
 
 
+@pytest.fixture
+def wide(small, monkeypatch):
+    """Have the laptop's model be wide enough to learn something."""
+    shape = dict(n_layer=2, n_head=2, n_embd=64)
+    monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", shape)
+
+
 def numbers(out):
     return [float(loss) for loss in losses(out)]
+
+
+def largest_difference(model, other):
+    pairs = zip(model.parameters(), other.parameters())
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -86,10 +98,26 @@ def test_compiled_losses_equal_eager_ones(train, compiler):
 
 
 # -------------------------------------------------------------------------------------------------
+# One update
+
+
+def test_the_gradient_is_clipped(train, wide):
+    _, out = train(grad_clip=1e9)
+    norms = [float(norm) for norm in re.findall(r"\| norm: (\d+\.\d{4}) \|", out)]
+    assert len(norms) == 6
+    assert max(norms) > 1
+    assert losses(train(grad_clip=1.0)[1]) != losses(out)
+    # Adam undoes any scale but eps: a gradient far below 1e-8 moves nothing
+    still, _ = train(grad_clip=1e-12, max_steps=1)
+    start, _ = train(max_lr=1e-30, max_steps=1)
+    assert largest_difference(still, start) < 3e-4  # the rate is 1e-2
+
+
+# -------------------------------------------------------------------------------------------------
 # What is printed
 
 STEP = re.compile(
-    r"step +(\d+) \| loss: \d+\.\d{6} \| "
+    r"step +(\d+) \| loss: \d+\.\d{6} \| norm: \d+\.\d{4} \| "
     r"dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d)(.*)"
 )
 
