@@ -3,6 +3,7 @@
     python train_gpt2.py                                     # one GPU, or else none
 """
 import contextlib
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -341,7 +342,8 @@ class TrainConfig:
     seq_len: int = setting(1024, "T, tokens in a sequence")
     batch_size: int = setting(8, "B, sequences in a batch")
     max_steps: int = setting(19073, "updates of the weights")
-    max_lr: float = setting(6e-4, "the learning rate")
+    warmup_steps: int = setting(715, "updates until the rate is max_lr", zero_ok=True)
+    max_lr: float = setting(6e-4, "the learning rate's peak; then it falls to a tenth")
     grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this norm")
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
@@ -355,8 +357,26 @@ PRESETS = {
     "laptop": dict(
         seq_len=64,
         max_steps=850,
+        warmup_steps=300,
+        max_lr=6e-3,
     ),
 }
+
+
+def get_lr(step, cfg):
+    """Return the learning rate of update `step`, 0 .. max_steps - 1 (GPT-3's paper, appendix B).
+
+    cfg: a TrainConfig. The rate rises linearly to max_lr at the end of the warm-up. Then it falls
+    along half a cosine to a tenth of max_lr at the last update.
+    """
+    min_lr = 0.1 * cfg.max_lr
+    warmup_steps = max(cfg.warmup_steps, 1)  # 0 would be a division by 0
+    update = step + 1  # counted from 1: update warmup_steps has max_lr, the last one min_lr
+    if update <= warmup_steps:
+        return cfg.max_lr * update / warmup_steps
+    progress = (update - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))  # from 1 down to 0
+    return min_lr + cosine * (cfg.max_lr - min_lr)
 
 
 def configure_optimizer(model, lr):
@@ -409,6 +429,9 @@ def main(given, device):
     x, y = fetch_batch(loader, device)
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()
+        lr = get_lr(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.zero_grad()
         with autocast(device, dtype):
             loss = train_model(x, y)[1]  # only the loss: the logits take much memory
@@ -421,7 +444,7 @@ def main(given, device):
         dt = time.perf_counter() - t0  # seconds
 
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
-        line += f" | norm: {norm:.4f}"
+        line += f" | lr {lr:.4e} | norm: {norm:.4f}"
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {B * T / dt:.2f}"
         print(line)
     for text in sample(model, "Hello, I'm a language model,"):

@@ -10,7 +10,9 @@ import train_gpt2
 from train_gpt2 import (
     GPT,
     GPTConfig,
+    TrainConfig,
     configure_optimizer,
+    get_lr,
 )
 
 
@@ -32,6 +34,35 @@ def largest_difference(model, other):
 
 # -------------------------------------------------------------------------------------------------
 # The recipe
+
+
+def test_learning_rate():
+    cfg = TrainConfig(max_lr=6e-4, warmup_steps=10, max_steps=50)
+    rates = [get_lr(step, cfg) for step in range(50)]
+    assert math.isclose(rates[0], 6e-5)
+    assert rates[9] == 6e-4
+    assert rates.count(6e-4) == 1  # the peak, once
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert len(set(rates[9:])) == 41
+    assert math.isclose(rates[29], (6e-4 + 6e-5) / 2)  # half of the way after half of 40 updates
+    assert math.isclose(rates[-1], 6e-5)
+
+
+def test_learning_rate_without_a_warm_up():
+    cfg = TrainConfig(max_lr=1.0, warmup_steps=0, max_steps=2)
+    assert [get_lr(step, cfg) for step in range(2)] == [1.0, 0.1]
+
+
+def test_the_optimizer_gets_the_scheduled_rate(train):
+    _, out = train(max_steps=12, warmup_steps=10, max_lr=1e-3)
+    printed = [float(lr) for lr in re.findall(r"\| lr (\S+) \|", out)]
+    cfg = TrainConfig(max_lr=1e-3, max_steps=12, warmup_steps=10)
+    assert printed == pytest.approx([get_lr(step, cfg) for step in range(12)], rel=1e-3)
+    start, _ = train(max_lr=1e-30, max_steps=1)
+    one, _ = train(max_lr=1e-3, max_steps=1, warmup_steps=10)
+    # Adam's first step moves by the rate, which is a tenth of the peak here
+    assert largest_difference(one, start) == pytest.approx(1e-4, rel=0.02)
 
 
 def test_fused_adamw_is_adamw():
@@ -62,11 +93,20 @@ def test_one_batch_is_learnt_by_heart(train, monkeypatch):
     monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", dict(n_layer=2, n_head=2, n_embd=64))
     with open("text.txt", "w", encoding="utf-8") as f:
         f.write("Speak, I charge thee, speak. " * 11)  # 77 tokens: 4 rows of 16
-    _, out = train(max_steps=50, max_lr=5e-3, batch_size=4)
+    _, out = train(max_steps=50, max_lr=1e-2, warmup_steps=10, batch_size=4)
     found = numbers(out)
     assert len(found) == 50
     assert abs(found[0] - math.log(50304)) < 0.3
     assert found[-1] < 1
+
+
+def test_the_loss_falls_on_batches_that_differ(train, wide):
+    _, out = train(max_steps=40, batch_size=4, warmup_steps=10)
+    found = numbers(out)
+    assert sum(found[-5:]) / 5 < found[0] - 2
+    _, out = train(max_steps=2, batch_size=4, max_lr=1e-30)
+    first, second = losses(out)
+    assert first != second  # nothing was learnt: the batch is another one
 
 
 def test_a_run_repeats(train):
@@ -117,7 +157,7 @@ def test_the_gradient_is_clipped(train, wide):
 # What is printed
 
 STEP = re.compile(
-    r"step +(\d+) \| loss: \d+\.\d{6} \| norm: \d+\.\d{4} \| "
+    r"step +(\d+) \| loss: \d+\.\d{6} \| lr \d\.\d{4}e-\d\d \| norm: \d+\.\d{4} \| "
     r"dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d)(.*)"
 )
 
