@@ -344,6 +344,7 @@ class TrainConfig:
     max_steps: int = setting(19073, "updates of the weights")
     warmup_steps: int = setting(715, "updates until the rate is max_lr", zero_ok=True)
     max_lr: float = setting(6e-4, "the learning rate's peak; then it falls to a tenth")
+    weight_decay: float = setting(0.1, "AdamW's decay of the matrices", zero_ok=True)
     grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this norm")
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
@@ -359,6 +360,7 @@ PRESETS = {
         max_steps=850,
         warmup_steps=300,
         max_lr=6e-3,
+        weight_decay=0.8,  # this, the rate and the warm-up were found by trying
     ),
 }
 
@@ -379,14 +381,22 @@ def get_lr(step, cfg):
     return min_lr + cosine * (cfg.max_lr - min_lr)
 
 
-def configure_optimizer(model, lr):
+def configure_optimizer(model, weight_decay, lr):
     """Return AdamW for model.
 
     AdamW averages each weight's gradients over the last updates. It divides the average by their
     usual size, so all weights move at about the same speed, which is lr.
+    Weight decay pulls the matrices towards 0: linear layers and embeddings. It leaves biases and
+    LayerNorms alone.
     """
-    # fused: the whole update takes very few kernels.
-    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        dict(params=matrices, weight_decay=weight_decay),
+        dict(params=vectors, weight_decay=0.0),
+    ]
+    # The betas are GPT-3's. fused: the whole update takes very few kernels.
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 # -----------------------------------------------------------------------------
@@ -420,7 +430,7 @@ def main(given, device):
     loader = DataLoaderLite(arrays, B, T)
 
     # The recipe
-    optimizer = configure_optimizer(model, cfg.max_lr)
+    optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
     # Both have the same parameters. Only training is compiled: sampling would compile many times.
     train_model = compile_model(model, cfg.compile, device, dtype)

@@ -73,6 +73,7 @@ SMALL = dict(
     max_steps=6,
     max_lr=1e-2,
     warmup_steps=1,
+    weight_decay=0.1,
     dtype="float32",
     device="cpu",
 )

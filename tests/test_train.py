@@ -65,15 +65,36 @@ def test_the_optimizer_gets_the_scheduled_rate(train):
     assert largest_difference(one, start) == pytest.approx(1e-4, rel=0.02)
 
 
+def test_only_matrices_are_decayed():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50304))
+    decayed, rest = configure_optimizer(model, weight_decay=0.1, lr=1.0).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in rest["params"]} == {1}
+    assert len(decayed["params"]) == 50
+    assert sum(p.numel() for p in decayed["params"]) == 124_354_560
+    assert sum(p.numel() for p in rest["params"]) == 121_344
+    for group in (decayed, rest):
+        assert group["fused"]
+        assert group["betas"] == (0.9, 0.95)
+        assert group["eps"] == 1e-8
+
+
 def test_fused_adamw_is_adamw():
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
     model = GPT(config).double()
     other = GPT(config).double()
     other.load_state_dict(model.state_dict())
-    fused = configure_optimizer(model, lr=1e-2)
-    assert fused.param_groups[0]["fused"]
-    plain = torch.optim.AdamW(other.parameters(), lr=1e-2, fused=False, foreach=False)
+    fused = configure_optimizer(model, weight_decay=0.1, lr=1e-2)
+    matrices = [p for p in other.parameters() if p.dim() == 2]
+    vectors = [p for p in other.parameters() if p.dim() == 1]
+    plain = torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)],
+        lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False,
+    )
     x = torch.randint(64, (4, 8))
     y = torch.randint(64, (4, 8))
     for trained, optimizer in ((model, fused), (other, plain)):
@@ -148,7 +169,7 @@ def test_the_gradient_is_clipped(train, wide):
     assert max(norms) > 1
     assert losses(train(grad_clip=1.0)[1]) != losses(out)
     # Adam undoes any scale but eps: a gradient far below 1e-8 moves nothing
-    still, _ = train(grad_clip=1e-12, max_steps=1)
+    still, _ = train(grad_clip=1e-12, max_steps=1, weight_decay=0)
     start, _ = train(max_lr=1e-30, max_steps=1)
     assert largest_difference(still, start) < 3e-4  # the rate is 1e-2
 
