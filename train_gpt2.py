@@ -272,6 +272,7 @@ class DataLoaderLite:
     Each row comes with the token behind it, the last one's target.
     An epoch is one pass over all rows of all arrays. The tokens left over at an array's end, too
     few for a row, are never read.
+    B rows are a micro-batch: what is computed at once.
     """
 
     def __init__(self, arrays, B, T):
@@ -339,6 +340,7 @@ class TrainConfig:
     data: str = setting("input.txt", "a text file")
     seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
 
+    total_batch_size: int = setting(2**19, "tokens in an update")
     seq_len: int = setting(1024, "T, tokens in a sequence")
     batch_size: int = setting(8, "B, sequences in a batch")
     max_steps: int = setting(19073, "updates of the weights")
@@ -357,6 +359,7 @@ class TrainConfig:
 PRESETS = {
     "laptop": dict(
         seq_len=64,
+        total_batch_size=1024,  # so 850 updates are three epochs of input.txt
         max_steps=850,
         warmup_steps=300,
         max_lr=6e-3,
@@ -419,11 +422,12 @@ def main(given, device):
     cfg = TrainConfig(**given)
     dtype = cfg.dtype or best_dtype(device)
 
-    # The model, and the size of a batch
+    # The model, and the size of a micro-batch
     torch.manual_seed(cfg.seed)
     model = build_model(cfg).to(device)
     T = cfg.seq_len
     B = cfg.batch_size
+    grad_accum_steps = cfg.total_batch_size // (B * T)
 
     # The data
     arrays, val = load_text(cfg.data)
@@ -438,24 +442,31 @@ def main(given, device):
 
     x, y = fetch_batch(loader, device)
     for step in range(cfg.max_steps):
+        # One update: the gradient of the mean loss over all micro-batches
         t0 = time.perf_counter()
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        with autocast(device, dtype):
-            loss = train_model(x, y)[1]  # only the loss: the logits take much memory
-        loss.backward()
-        # Fetch the next batch here, while a GPU still computes this one.
-        x, y = fetch_batch(loader, device)
+        loss_accum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            with autocast(device, dtype):
+                loss = train_model(x, y)[1]  # only the loss: the logits take much memory
+            # backward() adds to the gradients that are there. That gives the gradient of the sum of
+            # the micro-batches' losses. We want that of their mean: divide.
+            loss = loss / grad_accum_steps
+            loss_accum += loss.detach()  # the number without its gradient
+            loss.backward()
+            # Fetch the next batch here, while a GPU still computes this one.
+            x, y = fetch_batch(loader, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        mean_loss = loss.item()  # waits until the GPU is done: dt is right
+        mean_loss = loss_accum.item()  # waits until the GPU is done: dt is right
         optimizer.step()
         dt = time.perf_counter() - t0  # seconds
 
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
         line += f" | lr {lr:.4e} | norm: {norm:.4f}"
-        line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {B * T / dt:.2f}"
+        line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
         print(line)
     for text in sample(model, "Hello, I'm a language model,"):
         print(">", text)

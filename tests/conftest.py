@@ -11,6 +11,9 @@ INPUT = str(ROOT / "input.txt")
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the compiler; tests that are about it turn it on
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run side by side, so each gets along with one thread
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def pytest_addoption(parser):
     parser.addoption("--history", action="store_true", help="replay the history, and nothing else")
@@ -70,6 +73,7 @@ SMALL = dict(
     model="laptop",
     batch_size=2,
     seq_len=16,
+    total_batch_size=64,
     max_steps=6,
     max_lr=1e-2,
     warmup_steps=1,

@@ -30,3 +30,5 @@ def test_play(monkeypatch):
             way, width = line.split(": ")
             growth[way] = float(width)
     assert growth["after 12 blocks, not scaled"] > 2 * growth["after 12 blocks, scaled"]
+    assert "four micro-batches, added: 3.0000" in text
+    assert "four micro-batches, divided: 0.0000" in text

@@ -162,6 +162,27 @@ def test_compiled_losses_equal_eager_ones(train, compiler):
 # One update
 
 
+def test_four_micro_batches_give_the_gradient_of_one_large_batch(train, monkeypatch):
+    build_model = train_gpt2.build_model
+
+    def build_double(cfg):
+        return build_model(cfg).double()
+
+    monkeypatch.setattr(train_gpt2, "build_model", build_double)
+    gradients = []
+    for B in (4, 1):
+        model, out = train(batch_size=B, max_steps=1, grad_clip=1e9)
+        gradients.append([p.grad for p in model.parameters()])
+    for large, small in zip(*gradients):
+        assert (large - small).norm() < 1e-6 * large.norm()
+
+
+def test_micro_batches_train_like_one_large_batch(train):
+    _, large = train(batch_size=4)
+    _, small = train(batch_size=1)
+    assert numbers(small) == pytest.approx(numbers(large), abs=1e-4)
+
+
 def test_the_gradient_is_clipped(train, wide):
     _, out = train(grad_clip=1e9)
     norms = [float(norm) for norm in re.findall(r"\| norm: (\d+\.\d{4}) \|", out)]
@@ -197,4 +218,4 @@ def test_the_steps_line(small, capsys):
     assert [int(match[1]) for match in matches] == [0, 1, 2, 3]
     for match in matches:
         seconds = float(match[2]) / 1000
-        assert float(match[3]) * seconds == pytest.approx(32, rel=0.01)
+        assert float(match[3]) * seconds == pytest.approx(64, rel=0.01)
