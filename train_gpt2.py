@@ -342,7 +342,7 @@ class TrainConfig:
 
     total_batch_size: int = setting(2**19, "tokens in an update")
     seq_len: int = setting(1024, "T, tokens in a sequence")
-    batch_size: int = setting(8, "B, sequences in a batch")
+    batch_size: int = setting(None, "B, sequences in a micro-batch; lower it when memory is short")
     max_steps: int = setting(19073, "updates of the weights")
     warmup_steps: int = setting(715, "updates until the rate is max_lr", zero_ok=True)
     max_lr: float = setting(6e-4, "the learning rate's peak; then it falls to a tenth")
@@ -426,7 +426,7 @@ def main(given, device):
     torch.manual_seed(cfg.seed)
     model = build_model(cfg).to(device)
     T = cfg.seq_len
-    B = cfg.batch_size
+    B = cfg.batch_size or fitting_batch_size(T, cfg.total_batch_size, device)
     grad_accum_steps = cfg.total_batch_size // (B * T)
 
     # The data
@@ -491,10 +491,17 @@ def print_plan(cfg, model, loader, device, dtype):
     """Print what is about to happen."""
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
+    micro_batches = cfg.total_batch_size // (loader.B * loader.T)
+    updates = cfg.max_steps
+    tokens = updates * cfg.total_batch_size
+    epochs = tokens / (loader.rows_per_epoch * loader.T)
     print(f"Model: {parameters:,} parameters.")
     print(f"Device: {device.type}.")
     print(f"Precision: {dtype}.")
     print(f"Data: {tokens_there:,} tokens of {cfg.data}.")
+    print(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
+          "process.")
+    print(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
 
 
 # -----------------------------------------------------------------------------
@@ -562,6 +569,21 @@ def compile_model(model, wanted, device, dtype):
         return model
     print("The model is compiled, so the first update takes a minute.")
     return torch.compile(model)
+
+
+def fitting_batch_size(T, total_batch_size, device):
+    """Return B for this machine: 64, or less on a CPU, halved until it fits.
+
+    It has to divide a process's rows of an update.
+    A CPU is busy enough with 512 tokens. More would only take more memory.
+    """
+    rows = total_batch_size // T
+    B = 64
+    if device.type == "cpu":
+        B = min(64, max(1, 512 // T))
+    while rows % B != 0:
+        B //= 2
+    return B
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 import train_gpt2
 from train_gpt2 import (
     best_dtype,
+    fitting_batch_size,
     has_bfloat16,
     pick_device,
 )
@@ -92,3 +93,11 @@ def test_prepare_switches_tf32_on():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("T, rows, B", [
+    (64, 64, 8), (64, 8, 8), (64, 12, 4), (64, 7, 1), (16, 512, 32), (4, 512, 64),
+    (1024, 512, 1), (8192, 4, 1),  # 512 tokens keep a CPU busy
+])
+def test_the_micro_batch_divides_an_update(T, rows, B):
+    assert fitting_batch_size(T, T * rows, CPU) == B

@@ -110,15 +110,17 @@ def test_fused_adamw_is_adamw():
 # The losses
 
 
-def test_one_batch_is_learnt_by_heart(train, monkeypatch):
-    monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", dict(n_layer=2, n_head=2, n_embd=64))
-    with open("text.txt", "w", encoding="utf-8") as f:
-        f.write("Speak, I charge thee, speak. " * 11)  # 77 tokens: 4 rows of 16
-    _, out = train(max_steps=50, max_lr=1e-2, warmup_steps=10, batch_size=4)
+def test_one_batch_is_learnt_by_heart(train, wide):
+    with open("text.txt", encoding="utf-8") as f:
+        start = f.read(330)
+    with open("short.txt", "w", encoding="utf-8") as f:
+        f.write(start)  # more than one update of 64 tokens, less than two
+    _, out = train(data="short.txt", max_steps=50, max_lr=1e-2, warmup_steps=10, batch_size=4)
     found = numbers(out)
     assert len(found) == 50
     assert abs(found[0] - math.log(50304)) < 0.3
     assert found[-1] < 1
+    assert "40.00 epochs" in out  # an epoch is 5 rows of 16 tokens
 
 
 def test_the_loss_falls_on_batches_that_differ(train, wide):
@@ -172,6 +174,7 @@ def test_four_micro_batches_give_the_gradient_of_one_large_batch(train, monkeypa
     gradients = []
     for B in (4, 1):
         model, out = train(batch_size=B, max_steps=1, grad_clip=1e9)
+        assert f"{4 // B} micro-batches of {B} x 16" in out
         gradients.append([p.grad for p in model.parameters()])
     for large, small in zip(*gradients):
         assert (large - small).norm() < 1e-6 * large.norm()
@@ -219,3 +222,23 @@ def test_the_steps_line(small, capsys):
     for match in matches:
         seconds = float(match[2]) / 1000
         assert float(match[3]) * seconds == pytest.approx(64, rel=0.01)
+
+
+def test_the_first_lines_of_a_run(train):
+    model, out = train(max_steps=5)
+    beginning = out[: out.index("step ")]
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = 5 * 64
+    for word in (
+        f"{parameters:,}",
+        "text.txt",
+        "cpu",
+        "float32",
+        "5 updates",
+        "64 tokens",
+        "2 micro-batches of 2 x 16",
+    ):
+        assert word in beginning, word
+    train_data, _ = train_gpt2.load_text("text.txt")
+    loader = train_gpt2.DataLoaderLite(train_data, 2, 16)
+    assert f"{tokens / (loader.rows_per_epoch * 16):.2f} epochs" in beginning
