@@ -1,12 +1,15 @@
 """Train GPT-2 (124M) from scratch: the model, its data, the recipe and the training loop.
 
     python train_gpt2.py                                     # one GPU, or else none
+    python train_gpt2.py --help                              # all settings
 """
+import argparse
 import contextlib
 import math
+import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -586,5 +589,46 @@ def fitting_batch_size(T, total_batch_size, device):
     return B
 
 
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def add_flags(group, config):
+    """Add a flag to an argparse group for each field of config, a dataclass."""
+    for f in fields(config):
+        default = "what suits the machine" if f.default is None else f.default
+        text = f"{f.metadata['meaning']} [{default}]"
+        kind = f.type  # argparse calls it with the text of the flag
+        if kind is str:  # a shell leaves the ~ of --data=~/my.txt as it is
+            kind = os.path.expanduser
+        if f.metadata["choices"] is not None:
+            text += f": {', '.join(f.metadata['choices'])}"
+        if f.type is bool:
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(f"--{f.name}", type=kind, metavar="X", help=text)
+
+
+def parse_flags(argv=None):
+    """Return {name: value} of the settings that are given."""
+    parser = argparse.ArgumentParser(
+        description="Train GPT-2. The values in brackets are those of GPT-2 (124M).",
+        argument_default=argparse.SUPPRESS,  # what isn't given is left out
+        allow_abbrev=False,
+    )
+    add_flags(parser.add_argument_group("settings of a run"), TrainConfig)
+
+    options = parser.parse_args(argv)
+    flags = vars(options)
+    given = {f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags}
+    return given
+
+
+def command():
+    """Do what the command line says."""
+    given = parse_flags()
+    launch(dict(model="laptop") | PRESETS["laptop"] | given)
+
+
 if __name__ == "__main__":
-    launch(dict(model="laptop") | PRESETS["laptop"])
+    command()

@@ -2,6 +2,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ SMALL = dict(
 )
 
 
+def flags(**settings):
+    """Return the command line for SMALL and settings, as a list of words."""
+    words = []
+    for name, value in (SMALL | settings).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
 def losses(out):
     """Return the training losses that a run printed, as text."""
     return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
@@ -114,6 +126,16 @@ def train(small, capsys):
         out = capsys.readouterr().out
         return model, re.sub(r"dt: [^\n]*", "", out)
     return train
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that runs a program of ours in an empty folder; the finished process."""
+    def run(*args, script="train_gpt2.py", **kwargs):
+        command = (sys.executable, str(ROOT / script), *map(str, args))
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                              **kwargs)
+    return run
 
 
 @pytest.fixture
