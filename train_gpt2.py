@@ -359,6 +359,7 @@ class TrainConfig:
 
 
 # How the settings of each preset differ from TrainConfig's defaults.
+# The GPTs have the learning rates and batch sizes of GPT-3's paper, table 2.1, for their size.
 PRESETS = {
     "laptop": dict(
         seq_len=64,
@@ -368,6 +369,10 @@ PRESETS = {
         max_lr=6e-3,
         weight_decay=0.8,  # this, the rate and the warm-up were found by trying
     ),
+    "gpt2": dict(),
+    "gpt2-medium": dict(max_lr=3e-4),
+    "gpt2-large": dict(max_lr=2.5e-4),
+    "gpt2-xl": dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358),
 }
 
 
@@ -412,7 +417,7 @@ def configure_optimizer(model, weight_decay, lr):
 def launch(given):
     """Train a model and return it: choose the device, then call main().
 
-    given: the settings that you choose, {name: value}. The others have TrainConfig's defaults.
+    given: the settings that you choose, {name: value}. The others come from a preset.
     """
     device = pick_device(given.get("device"))
     prepare(device)
@@ -422,7 +427,7 @@ def launch(given):
 
 def main(given, device):
     """Train a model and return it. given: as in launch()."""
-    cfg = TrainConfig(**given)
+    cfg = choose_config(given, device)
     dtype = cfg.dtype or best_dtype(device)
 
     # The model, and the size of a micro-batch
@@ -492,6 +497,7 @@ def fetch_batch(loader, device):
 
 def print_plan(cfg, model, loader, device, dtype):
     """Print what is about to happen."""
+    source = f"the preset {cfg.model}"
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
     micro_batches = cfg.total_batch_size // (loader.B * loader.T)
@@ -502,6 +508,7 @@ def print_plan(cfg, model, loader, device, dtype):
     print(f"Device: {device.type}.")
     print(f"Precision: {dtype}.")
     print(f"Data: {tokens_there:,} tokens of {cfg.data}.")
+    print(f"Settings that you don't give: those of {source}.")
     print(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
           "process.")
     print(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
@@ -590,6 +597,23 @@ def fitting_batch_size(T, total_batch_size, device):
 
 
 # -----------------------------------------------------------------------------
+# Settings, chosen and checked
+
+
+def choose_config(given, device):
+    """Return the TrainConfig of a run. What isn't given is a preset's.
+
+    given: {name: value}. device: where the run will be.
+    """
+    base = {}
+    is_large = device.type == "cuda"
+    base["model"] = "gpt2" if is_large else "laptop"
+    settings = base | given
+    preset = settings["model"]
+    return TrainConfig(**(PRESETS[preset] | settings))
+
+
+# -----------------------------------------------------------------------------
 # The command line
 
 
@@ -611,8 +635,14 @@ def add_flags(group, config):
 
 def parse_flags(argv=None):
     """Return {name: value} of the settings that are given."""
+    rows = []
+    for name, row in PRESETS.items():
+        differences = ", ".join(f"{key} {value}" for key, value in row.items())
+        rows.append(f"  {name:12s} {differences or 'nothing'}")
     parser = argparse.ArgumentParser(
         description="Train GPT-2. The values in brackets are those of GPT-2 (124M).",
+        epilog="What the presets change:\n" + "\n".join(rows),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what isn't given is left out
         allow_abbrev=False,
     )
@@ -627,7 +657,7 @@ def parse_flags(argv=None):
 def command():
     """Do what the command line says."""
     given = parse_flags()
-    launch(dict(model="laptop") | PRESETS["laptop"] | given)
+    launch(given)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import flags
 
 import train_gpt2
@@ -46,6 +47,40 @@ def test_help_explains_each_flag(capsys):
             assert f"{field.metadata['meaning']} [{field.default}]" in text
         for choice in field.metadata["choices"] or ():
             assert choice in text
+    for preset, changes in train_gpt2.PRESETS.items():
+        assert f" {preset} " in text
+        for name, value in changes.items():
+            assert f"{name} {value}" in text
+
+
+# What each way to start means. The rest of TrainConfig's defaults is that of GPT-2 (124M).
+LAPTOP = dict(seq_len=64, total_batch_size=1024, max_lr=6e-3, weight_decay=0.8, max_steps=850,
+              warmup_steps=300)
+GPT2 = dict(seq_len=1024, total_batch_size=524288, max_lr=6e-4, weight_decay=0.1,
+            max_steps=19073, warmup_steps=715)
+
+
+@pytest.mark.parametrize("words, gpu, expected", [
+    ("", False, LAPTOP | dict(model="laptop")),
+    ("", True, GPT2 | dict(model="gpt2")),
+    ("--device cpu", True, LAPTOP | dict(model="laptop")),
+    ("--max_lr 1e-3", True, GPT2 | dict(max_lr=1e-3)),
+    ("--model gpt2", False, GPT2),
+    ("--model gpt2-xl", False, GPT2 | dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537,
+                                           warmup_steps=358)),
+])
+def test_the_settings_of_each_way_to_start(monkeypatch, words, gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    given = parse_flags(words.split())
+    device = train_gpt2.pick_device(given.get("device"))
+    cfg = train_gpt2.choose_config(given, device)
+    for name, value in expected.items():
+        assert getattr(cfg, name) == value, name
+    for name in ("dtype", "compile", "batch_size"):  # the machine decides
+        assert getattr(cfg, name) is None
+
+
 def test_flags_reach_the_run(small, start, capsys):
     start(flags(max_steps=3, max_lr=2e-3))
     out = capsys.readouterr().out

@@ -237,6 +237,7 @@ def test_the_first_lines_of_a_run(train):
         "5 updates",
         "64 tokens",
         "2 micro-batches of 2 x 16",
+        "laptop",
     ):
         assert word in beginning, word
     train_data, _ = train_gpt2.load_text("text.txt")
