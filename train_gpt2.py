@@ -276,12 +276,16 @@ class DataLoaderLite:
     An epoch is one pass over all rows of all arrays. The tokens left over at an array's end, too
     few for a row, are never read.
     B rows are a micro-batch: what is computed at once.
+    The processes take turns: the first B rows are process 0's, the next B process 1's, and so on.
+    So together they read what one process would, in the same order.
     """
 
-    def __init__(self, arrays, B, T):
+    def __init__(self, arrays, B, T, rank=0, world=1):
         self.arrays = arrays
         self.B = B
         self.T = T
+        self.rank = rank
+        self.world = world
         self.next_row = 0
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
         self.rows_per_epoch = sum(self.rows_per_array)
@@ -299,13 +303,13 @@ class DataLoaderLite:
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
-        first = self.next_row
+        first = self.next_row + self.rank * self.B
         rows = [self.read_row(first + i) for i in range(self.B)]
         tokens = np.stack(rows)  # (B, T + 1)
         tokens = torch.from_numpy(tokens.astype(np.int64))
         x = tokens[:, :-1].contiguous()  # (B, T)
         y = tokens[:, 1:].contiguous()  # (B, T)
-        self.next_row += self.B
+        self.next_row += self.B * self.world
         return x, y
 
 

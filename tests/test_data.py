@@ -86,3 +86,16 @@ def test_an_epoch_uses_the_last_token():
 def test_rows_wrap_one_by_one_whatever_the_batch(B):
     loader = DataLoaderLite(numbered(60), B, T=8)  # 7 rows, and 3 tokens
     assert first_tokens(loader, 16 // B) == [0, 8, 16, 24, 32, 40, 48] * 2 + [0, 8]
+
+
+@pytest.mark.parametrize("B, world", [(1, 2), (1, 4), (3, 2)])
+def test_processes_read_what_one_would_in_the_same_order(B, world):
+    one = DataLoaderLite(numbered(120), B, 8)
+    loaders = [DataLoaderLite(numbered(120), B, 8, rank, world) for rank in range(world)]
+    for _ in range(40 // world):  # several epochs
+        for loader in loaders:
+            x, y = loader.next_batch()
+            expected_x, expected_y = one.next_batch()
+            assert torch.equal(x, expected_x)
+            assert torch.equal(y, expected_y)
+        assert {loader.next_row for loader in loaders} == {one.next_row}
