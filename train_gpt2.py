@@ -1,6 +1,7 @@
 """Train GPT-2 (124M) from scratch: the model, its data, the recipe and the training loop.
 
     python train_gpt2.py                                     # one GPU, or else none
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
     python train_gpt2.py --help                              # all settings
 """
 import argparse
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
 from fineweb import gpt2_encoding
@@ -419,17 +422,26 @@ def configure_optimizer(model, weight_decay, lr):
 
 
 def launch(given):
-    """Train a model and return it: choose the device, then call main().
+    """Train a model and return it: choose the device, meet the other processes, then call main().
 
     given: the settings that you choose, {name: value}. The others come from a preset.
     """
+    # torchrun tells each process which one it is (rank), and how many there are (world).
+    # pick_device reads LOCAL_RANK, its number on this machine.
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(given.get("device"))
     prepare(device)
-    model = main(given, device)
+    if world > 1:
+        meet_others(device)
+
+    model = main(given, device, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
     return model
 
 
-def main(given, device):
+def main(given, device, rank, world):
     """Train a model and return it. given: as in launch()."""
     cfg = choose_config(given, device)
     dtype = cfg.dtype or best_dtype(device)
@@ -438,18 +450,22 @@ def main(given, device):
     torch.manual_seed(cfg.seed)
     model = build_model(cfg).to(device)
     T = cfg.seq_len
-    B = cfg.batch_size or fitting_batch_size(T, cfg.total_batch_size, device)
-    grad_accum_steps = cfg.total_batch_size // (B * T)
+    B = cfg.batch_size or fitting_batch_size(T, cfg.total_batch_size, device, world)
+    grad_accum_steps = cfg.total_batch_size // (B * T * world)
 
     # The data
     arrays, val = load_text(cfg.data)
-    loader = DataLoaderLite(arrays, B, T)
+    loader = DataLoaderLite(arrays, B, T, rank, world)
 
     # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
     # Both have the same parameters. Only training is compiled: sampling would compile many times.
     train_model = compile_model(model, cfg.compile, device, dtype)
+    # Each process has the whole model and reads micro-batches of its own. DDP averages their
+    # gradients, so that all make the same update.
+    if world > 1:
+        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
     print_plan(cfg, model, loader, device, dtype)
 
     x, y = fetch_batch(loader, device)
@@ -462,6 +478,9 @@ def main(given, device):
         optimizer.zero_grad()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
+            # The gradients add up. DDP has to average them over the processes only in the end.
+            if world > 1:
+                train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast(device, dtype):
                 loss = train_model(x, y)[1]  # only the loss: the logits take much memory
             # backward() adds to the gradients that are there. That gives the gradient of the sum of
@@ -472,16 +491,19 @@ def main(given, device):
             # Fetch the next batch here, while a GPU still computes this one.
             x, y = fetch_batch(loader, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        mean_loss = loss_accum.item()  # waits until the GPU is done: dt is right
+
+        if world > 1:
+            dist.all_reduce(loss_accum)  # the sum over the processes
+        mean_loss = loss_accum.item() / world  # waits until the GPU is done: dt is right
         optimizer.step()
         dt = time.perf_counter() - t0  # seconds
 
         line = f"step {step:5d} | loss: {mean_loss:.6f}"
         line += f" | lr {lr:.4e} | norm: {norm:.4f}"
         line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
-        print(line)
+        print0(line)
     for text in sample(model, "Hello, I'm a language model,"):
-        print(">", text)
+        print0(">", text)
     return model
 
 
@@ -504,35 +526,54 @@ def print_plan(cfg, model, loader, device, dtype):
     source = f"the preset {cfg.model}"
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
-    micro_batches = cfg.total_batch_size // (loader.B * loader.T)
+    micro_batches = cfg.total_batch_size // (loader.B * loader.T * loader.world)
     updates = cfg.max_steps
     tokens = updates * cfg.total_batch_size
     epochs = tokens / (loader.rows_per_epoch * loader.T)
-    print(f"Model: {parameters:,} parameters.")
-    print(f"Device: {device.type}.")
-    print(f"Precision: {dtype}.")
-    print(f"Data: {tokens_there:,} tokens of {cfg.data}.")
-    print(f"Settings that you don't give: those of {source}.")
-    print(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
-          "process.")
-    print(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
+    print0(f"Model: {parameters:,} parameters.")
+    print0(f"Device: {device.type}.")
+    print0(f"Processes: {loader.world}.")
+    print0(f"Precision: {dtype}.")
+    print0(f"Data: {tokens_there:,} tokens of {cfg.data}.")
+    print0(f"Settings that you don't give: those of {source}.")
+    print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
+           "process.")
+    print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
 
 
 # -----------------------------------------------------------------------------
 # The machine
 
 
+def print0(*args, file=None):
+    """Print, in the first of torchrun's processes only."""
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    print(*args, file=file, flush=True)
+
+
+def meet_others(device):
+    """Let torchrun's processes meet: NCCL connects GPUs, Gloo connects CPUs."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, device_id=device_id)
+
+
 def pick_device(name=None):
     """Return the torch.device of that name, or the best: a GPU (cuda), Apple's (mps), the cpu."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     usable = []
     if torch.cuda.is_available():
         usable.append("cuda")
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and local_world == 1:  # processes can't share it
         usable.append("mps")
     usable.append("cpu")
     if name is None:
         name = usable[0]
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    return torch.device("cuda", local_rank)
 
 
 def has_bfloat16(device):
@@ -563,6 +604,8 @@ def autocast(device, dtype):
 def prepare(device):
     """Get PyTorch ready for device."""
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def compile_model(model, wanted, device, dtype):
@@ -578,20 +621,20 @@ def compile_model(model, wanted, device, dtype):
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
-        print("warning: torch.compile doesn't work here, so a step takes longer, on a GPU much "
-              f"longer: {error}", file=sys.stderr)
+        print0("warning: torch.compile doesn't work here, so a step takes longer, on a GPU much "
+               f"longer: {error}", file=sys.stderr)
         return model
-    print("The model is compiled, so the first update takes a minute.")
+    print0("The model is compiled, so the first update takes a minute.")
     return torch.compile(model)
 
 
-def fitting_batch_size(T, total_batch_size, device):
+def fitting_batch_size(T, total_batch_size, device, world):
     """Return B for this machine: 64, or less on a CPU, halved until it fits.
 
     It has to divide a process's rows of an update.
     A CPU is busy enough with 512 tokens. More would only take more memory.
     """
-    rows = total_batch_size // T
+    rows = total_batch_size // (T * world)
     B = 64
     if device.type == "cpu":
         B = min(64, max(1, 512 // T))

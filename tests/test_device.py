@@ -31,6 +31,21 @@ def test_a_device_that_is_named(monkeypatch):
     have_gpus(monkeypatch, 1)
     assert pick_device("cpu") == CPU
 
+def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
+    have_gpus(monkeypatch, 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cpu") == CPU
+
+
+def test_several_processes_do_not_share_an_apple_gpu(monkeypatch):
+    have_gpus(monkeypatch, 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert pick_device() == CPU
+
+
 @pytest.mark.parametrize("features, answer", [
     ({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({"amx_bf16": True}, True),
     ({"bf16": True}, True), ({"avx512_bf16": False}, False), ({}, False),
@@ -99,5 +114,7 @@ def test_prepare_switches_tf32_on():
     (64, 64, 8), (64, 8, 8), (64, 12, 4), (64, 7, 1), (16, 512, 32), (4, 512, 64),
     (1024, 512, 1), (8192, 4, 1),  # 512 tokens keep a CPU busy
 ])
-def test_the_micro_batch_divides_an_update(T, rows, B):
-    assert fitting_batch_size(T, T * rows, CPU) == B
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_micro_batch_divides_an_update(T, rows, B, world):
+    total_batch_size = T * rows * world
+    assert fitting_batch_size(T, total_batch_size, CPU, world) == B

@@ -1,0 +1,62 @@
+"""Two processes under a real torchrun, on CPUs with Gloo, do what one process does."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import INPUT, ROOT, flags, losses
+
+SETTINGS = dict(data=INPUT, seq_len=128, total_batch_size=512, max_steps=8, max_lr=3e-3,
+                warmup_steps=2)
+PROBE = """
+import os, torch, train_gpt2
+train_gpt2.MODEL_SIZES["laptop"] = dict(n_layer=2, n_head=2, n_embd=32)
+launch = train_gpt2.launch
+
+def launch_and_keep(given):
+    model = launch(given)
+    torch.save(model.state_dict(), f"weights_{os.environ.get('RANK', 'alone')}.pt")
+
+train_gpt2.launch = launch_and_keep
+train_gpt2.command()
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that runs a script in so many processes; (all output, exit statuses)."""
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+
+    def start(script, processes, *words):
+        (tmp_path / "probe.py").write_text(PROBE)
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone",
+                        f"--nproc_per_node={processes}"]
+        done = subprocess.run([*command, str(script), *words], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=200)
+        out = done.stdout + done.stderr
+        return out, [int(status) for status in re.findall(r"exitcode +: (-?\d+)", out)]
+    return start
+
+
+def difference(a, b):
+    """Return the largest difference of two lists of numbers, given as text."""
+    assert len(a) == len(b) > 0
+    return max(abs(float(x) - float(y)) for x, y in zip(a, b))
+
+
+def test_two_processes_train_like_one(start, tmp_path):
+    alone, failed = start("probe.py", 1, *flags(**SETTINGS))
+    together, failed = start("probe.py", 2, *flags(**SETTINGS))
+    assert not failed, together
+    assert len(losses(together)) == 8  # printed once, not by both
+    assert difference(losses(alone), losses(together)) < 1e-4
+
+    first, second, lone = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in (0, 1, "alone"))
+    for name in lone:
+        assert torch.equal(first[name], second[name])
+        assert (first[name] - lone[name]).abs().max() < 1e-3
+    assert first.keys() == lone.keys()  # no module. and no _orig_mod. in front
