@@ -1,5 +1,8 @@
 """GPT-2's tokenizer."""
+import argparse
 import functools
+import os
+import sys
 from importlib.metadata import distribution
 
 import numpy as np
@@ -39,3 +42,35 @@ def encode(text):
     """Return the tokens of text, a str: (n,) uint16. <|endoftext|> in it is ordinary text."""
     tokens = gpt2_encoding().encode_to_numpy(text, disallowed_special=())  # (n,) uint32
     return tokens.astype(np.uint16)
+
+
+# -------------------------------------------------------------------------------------------------
+# What all three programs need
+
+
+class UserError(Exception):
+    """What the user can mend. Its text is the line that they see."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error in one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def run_program(function):
+    """Call function, and end this process: after a UserError with one line and status 2."""
+    try:
+        function()
+        return
+    except UserError as error:
+        status = 2
+        # Under torchrun several processes write to one terminal.
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{os.path.basename(sys.argv[0])}: {rank}{error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130
+    # A usual exit would wait for the other processes of a run, or for a library's threads.
+    sys.stderr.flush()
+    os._exit(status)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
-from fineweb import gpt2_encoding
+# A UserError ends the program with one line.
+from fineweb import UserError, gpt2_encoding
 
 # -----------------------------------------------------------------------------
 # The model. Shapes: B sequences of T tokens, and C = n_embd numbers for each token.
@@ -264,7 +265,10 @@ def load_text(path):
     """Return (arrays, val) of a text: its tokens, uint16, (n,) each.
 
     path: a text file. arrays: a list with one array, the first 90%. val: the last 10%.
+    Raises UserError.
     """
+    if not os.path.exists(path):
+        raise UserError(f"--data {path}: there is no such file or folder in {os.getcwd()}")
     with open(path, encoding="utf-8") as f:
         text = f.read()
     tokens = fineweb.encode(text)
@@ -281,6 +285,7 @@ class DataLoaderLite:
     B rows are a micro-batch: what is computed at once.
     The processes take turns: the first B rows are process 0's, the next B process 1's, and so on.
     So together they read what one process would, in the same order.
+    Raises UserError when there is no row.
     """
 
     def __init__(self, arrays, B, T, rank=0, world=1):
@@ -292,6 +297,9 @@ class DataLoaderLite:
         self.next_row = 0
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
         self.rows_per_epoch = sum(self.rows_per_array)
+        if self.rows_per_epoch == 0:
+            raise UserError(f"--data has {max(map(len, arrays))} tokens, and a sequence needs "
+                            f"{T + 1}; lower --seq_len")
 
     def read_row(self, number):
         """Return row `number`, counted over all epochs: T tokens and one more, (T + 1,) uint16."""
@@ -425,6 +433,7 @@ def launch(given):
     """Train a model and return it: choose the device, meet the other processes, then call main().
 
     given: the settings that you choose, {name: value}. The others come from a preset.
+    Raises UserError when something can't work.
     """
     # torchrun tells each process which one it is (rank), and how many there are (world).
     # pick_device reads LOCAL_RANK, its number on this machine.
@@ -560,7 +569,10 @@ def meet_others(device):
 
 
 def pick_device(name=None):
-    """Return the torch.device of that name, or the best: a GPU (cuda), Apple's (mps), the cpu."""
+    """Return the torch.device of that name, or the best: a GPU (cuda), Apple's (mps), or the cpu.
+
+    Under torchrun each process has a GPU of its own. Raises UserError when there is no such device.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     usable = []
@@ -571,8 +583,14 @@ def pick_device(name=None):
     usable.append("cpu")
     if name is None:
         name = usable[0]
+    if name not in usable:
+        raise UserError(f"--device {name} can't be used here; there is {', '.join(usable)}")
     if name != "cuda":
         return torch.device(name)
+    if local_world > torch.cuda.device_count():
+        raise UserError(f"{local_world} processes need a GPU each, and there are "
+                        f"{torch.cuda.device_count()}; start as many as there are GPUs, or give "
+                        "--device cpu")
     return torch.device("cuda", local_rank)
 
 
@@ -686,7 +704,7 @@ def parse_flags(argv=None):
     for name, row in PRESETS.items():
         differences = ", ".join(f"{key} {value}" for key, value in row.items())
         rows.append(f"  {name:12s} {differences or 'nothing'}")
-    parser = argparse.ArgumentParser(
+    parser = fineweb.Parser(
         description="Train GPT-2. The values in brackets are those of GPT-2 (124M).",
         epilog="What the presets change:\n" + "\n".join(rows),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -708,4 +726,4 @@ def command():
 
 
 if __name__ == "__main__":
-    command()
+    fineweb.run_program(command)

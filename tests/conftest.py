@@ -129,6 +129,20 @@ def train(small, capsys):
 
 
 @pytest.fixture
+def fails():
+    """Return a function that calls another one, which has to raise UserError; it returns the line."""
+    import fineweb
+
+    def fails(function, *args, **kwargs):
+        with pytest.raises(fineweb.UserError) as error:
+            function(*args, **kwargs)
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 400
+        return message
+    return fails
+
+
+@pytest.fixture
 def run(tmp_path):
     """Return a function that runs a program of ours in an empty folder; the finished process."""
     def run(*args, script="train_gpt2.py", **kwargs):

@@ -20,7 +20,7 @@ def launch_and_keep(given):
     torch.save(model.state_dict(), f"weights_{os.environ.get('RANK', 'alone')}.pt")
 
 train_gpt2.launch = launch_and_keep
-train_gpt2.command()
+train_gpt2.fineweb.run_program(train_gpt2.command)
 """
 
 
@@ -29,8 +29,8 @@ def start(tmp_path):
     """Return a function that runs a script in so many processes; (all output, exit statuses)."""
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
-    def start(script, processes, *words):
-        (tmp_path / "probe.py").write_text(PROBE)
+    def start(script, processes, *words, before=""):
+        (tmp_path / "probe.py").write_text(before + PROBE)
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone",
@@ -60,3 +60,14 @@ def test_two_processes_train_like_one(start, tmp_path):
         assert torch.equal(first[name], second[name])
         assert (first[name] - lone[name]).abs().max() < 1e-3
     assert first.keys() == lone.keys()  # no module. and no _orig_mod. in front
+
+
+def test_a_fault_of_one_process_names_it(start, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "text.txt").write_text("word" + " word" * 2000)
+    move = "import os\nif os.environ['RANK'] == '1': os.chdir('elsewhere')\n"
+    settings = SETTINGS | dict(data="text.txt")
+    out, statuses = start("probe.py", 2, *flags(**settings), before=move)
+    assert 2 in statuses
+    line, = re.findall(r"^probe\.py: .*$", out, re.M)
+    assert "[rank 1]" in line and "--data text.txt" in line and "elsewhere" in line

@@ -31,11 +31,25 @@ def test_a_device_that_is_named(monkeypatch):
     have_gpus(monkeypatch, 1)
     assert pick_device("cpu") == CPU
 
-def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
+
+@pytest.mark.parametrize("mps, best", [(True, "mps"), (False, "cpu")])
+def test_a_device_that_is_not_there(monkeypatch, fails, mps, best):
+    have_gpus(monkeypatch, 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    message = fails(pick_device, "cuda")
+    assert "--device cuda" in message
+    assert best in message
+
+
+def test_each_process_gets_a_gpu_of_its_own(monkeypatch, fails):
     have_gpus(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert pick_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    message = fails(pick_device, "cuda")
+    for word in ("3 processes", "2", "--device cpu"):
+        assert word in message
     assert pick_device("cpu") == CPU
 
 

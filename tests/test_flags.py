@@ -1,4 +1,4 @@
-"""The command line: what is asked for is done."""
+"""The command line: what is asked for is done. What can't be done is said in one line, status 2."""
 import os
 import sys
 from dataclasses import fields
@@ -93,3 +93,40 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
     given = parse_flags(["--data=~/a.txt"])
     assert os.path.normpath(given["data"]) == str(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--learning_rate 1", ["--learning_rate"]),
+    ("--max_step 1", ["--max_step"]),
+    ("--max_steps many", ["--max_steps", "many"]),
+    ("--data no.txt", ["--data no.txt"]),
+    ("--data short.txt", ["--data", "--seq_len"]),
+    ("--seq_len 100000 --total_batch_size 200000", ["--data", "--seq_len"]),
+    ("--device cuda", ["--device cuda", "cpu"]),
+])
+def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, start, words, named):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    too_late = lambda *args: pytest.fail("it waits for the compiler first")
+    monkeypatch.setattr(train_gpt2, "compile_model", too_late)
+    (tmp_path / "short.txt").write_text("To be or")
+    before = sorted(tmp_path.iterdir())
+    message = fails(start, [*flags(max_steps=3), *words.split()])
+    for word in named:
+        assert word in message
+    assert sorted(tmp_path.iterdir()) == before  # nothing was harmed, and nothing left behind
+
+
+def test_the_program_then_ends_with_status_2(run, tmp_path):
+    done = run("--model", "laptop", "--device", "cpu")
+    assert done.returncode == 2
+    line, = done.stderr.splitlines()
+    assert line.startswith("train_gpt2.py: --data input.txt") and str(tmp_path) in line
+
+
+def test_other_errors_keep_their_traceback(small, start, monkeypatch):
+    def fault(device):
+        raise RuntimeError("a fault in the program")
+
+    monkeypatch.setattr(train_gpt2, "prepare", fault)
+    with pytest.raises(RuntimeError, match="^a fault in the program$"):
+        start(flags())
