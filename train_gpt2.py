@@ -435,6 +435,7 @@ def launch(given):
     given: the settings that you choose, {name: value}. The others come from a preset.
     Raises UserError when something can't work.
     """
+    check_settings(given, TrainConfig)
     # torchrun tells each process which one it is (rank), and how many there are (world).
     # pick_device reads LOCAL_RANK, its number on this machine.
     rank = int(os.environ.get("RANK", 0))
@@ -460,6 +461,7 @@ def main(given, device, rank, world):
     model = build_model(cfg).to(device)
     T = cfg.seq_len
     B = cfg.batch_size or fitting_batch_size(T, cfg.total_batch_size, device, world)
+    check_batch(B, T, cfg.total_batch_size, world)
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
 
     # The data
@@ -665,6 +667,25 @@ def fitting_batch_size(T, total_batch_size, device, world):
 # Settings, chosen and checked
 
 
+def check_settings(given, config):
+    """Raise UserError when a setting of given, {name: value}, can't work. config: their class."""
+    known = {f.name: f for f in fields(config)}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"there is no setting {name}")
+        rule = known[name].metadata
+        if rule["choices"] is not None and value not in rule["choices"]:
+            raise UserError(f"--{name} {value} is none of {', '.join(rule['choices'])} "
+                            f"({rule['meaning']})")
+        if known[name].type not in (int, float):
+            continue
+        if value == 0 and rule["zero_ok"]:
+            continue
+        if not 0 < value < 2**63:  # PyTorch takes less than 2**63; nan is never in between
+            least = "0 or more" if rule["zero_ok"] else "more than 0"
+            raise UserError(f"--{name} {value} has to be a number, {least}")
+
+
 def choose_config(given, device):
     """Return the TrainConfig of a run. What isn't given is a preset's.
 
@@ -676,6 +697,16 @@ def choose_config(given, device):
     settings = base | given
     preset = settings["model"]
     return TrainConfig(**(PRESETS[preset] | settings))
+
+
+def check_batch(B, T, total_batch_size, world):
+    """Raise UserError when micro-batches don't make up an update."""
+    if total_batch_size % (B * T * world) != 0:
+        row = T * world
+        multiple = math.ceil(total_batch_size / row) * row
+        raise UserError(f"--total_batch_size {total_batch_size} is not a multiple of --batch_size "
+                        f"x --seq_len x processes = {B} x {T} x {world} = {B * T * world}; a new "
+                        f"run works with --batch_size 1 --total_batch_size {multiple}")
 
 
 # -----------------------------------------------------------------------------

@@ -99,10 +99,22 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     ("--learning_rate 1", ["--learning_rate"]),
     ("--max_step 1", ["--max_step"]),
     ("--max_steps many", ["--max_steps", "many"]),
+    ("--batch_size 0", ["--batch_size 0"]),
+    ("--seq_len -1", ["--seq_len -1"]),
+    ("--max_lr nan", ["--max_lr nan"]),
+    ("--max_lr inf", ["--max_lr inf"]),
+    ("--weight_decay -0.1", ["--weight_decay -0.1"]),
+    ("--seed 18446744073709551616", ["--seed 18446744073709551616"]),
+    ("--model gpt3", ["--model gpt3", "gpt2-medium"]),
+    ("--model fine-tune", ["--model fine-tune", "gpt2"]),
+    ("--dtype int8", ["--dtype int8", "bfloat16", "float32"]),
+    ("--total_batch_size 100", ["--total_batch_size 100", "--batch_size", "--seq_len"]),
     ("--data no.txt", ["--data no.txt"]),
     ("--data short.txt", ["--data", "--seq_len"]),
     ("--seq_len 100000 --total_batch_size 200000", ["--data", "--seq_len"]),
     ("--device cuda", ["--device cuda", "cpu"]),
+    ("--device gpu", ["--device gpu", "cuda, mps, cpu", "CUDA_VISIBLE_DEVICES"]),
+    ("--device cuda:0", ["--device cuda:0", "cuda, mps, cpu", "CUDA_VISIBLE_DEVICES"]),
 ])
 def test_what_cannot_be_done_is_one_line(small, tmp_path, monkeypatch, fails, start, words, named):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
