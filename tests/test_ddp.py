@@ -6,17 +6,17 @@ import sys
 
 import pytest
 import torch
-from conftest import INPUT, ROOT, flags, losses
+from conftest import EXAMPLES, INPUT, ROOT, flags, losses, val_losses
 
 SETTINGS = dict(data=INPUT, seq_len=128, total_batch_size=512, max_steps=8, max_lr=3e-3,
-                warmup_steps=2)
+                warmup_steps=2, eval_interval=4, val_tokens=1000, hellaswag_interval=8)
 PROBE = """
 import os, torch, train_gpt2
 train_gpt2.MODEL_SIZES["laptop"] = dict(n_layer=2, n_head=2, n_embd=32)
 launch = train_gpt2.launch
 
-def launch_and_keep(given):
-    model = launch(given)
+def launch_and_keep(given, resume):
+    model = launch(given, resume)
     torch.save(model.state_dict(), f"weights_{os.environ.get('RANK', 'alone')}.pt")
 
 train_gpt2.launch = launch_and_keep
@@ -49,11 +49,19 @@ def difference(a, b):
 
 
 def test_two_processes_train_like_one(start, tmp_path):
-    alone, failed = start("probe.py", 1, *flags(**SETTINGS))
-    together, failed = start("probe.py", 2, *flags(**SETTINGS))
+    with open(EXAMPLES, encoding="utf-8") as f:
+        lines = f.readlines()[:5]
+    (tmp_path / "hellaswag_val.jsonl").write_text("".join(lines), encoding="utf-8")
+    alone, failed = start("probe.py", 1, *flags(**SETTINGS), "--log_dir", "alone")
+    together, failed = start("probe.py", 2, *flags(**SETTINGS), "--log_dir", "together")
     assert not failed, together
     assert len(losses(together)) == 8  # printed once, not by both
     assert difference(losses(alone), losses(together)) < 1e-4
+    # After 0 updates the weights are equal, and so is the loss, whoever computed which batch.
+    assert val_losses(alone)[0] == val_losses(together)[0]
+    assert difference(val_losses(alone), val_losses(together)) < 1e-4
+    counts = [re.findall(r"HellaSwag: \d+ of 5 right", out) for out in (alone, together)]
+    assert counts[0][0] == counts[1][0] and len(counts[0]) == len(counts[1]) == 2
 
     first, second, lone = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in (0, 1, "alone"))
     for name in lone:
@@ -71,3 +79,14 @@ def test_a_fault_of_one_process_names_it(start, tmp_path):
     assert 2 in statuses
     line, = re.findall(r"^probe\.py: .*$", out, re.M)
     assert "[rank 1]" in line and "--data text.txt" in line and "elsewhere" in line
+
+
+def test_processes_with_different_data_are_refused(start, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "text.txt").write_text("word" + " word" * 2000)
+    (tmp_path / "elsewhere" / "text.txt").write_text("ward" + " ward" * 2000)
+    move = "import os\nif os.environ['RANK'] == '1': os.chdir('elsewhere')\n"
+    settings = SETTINGS | dict(data="text.txt", hellaswag_interval=0)
+    out, statuses = start("probe.py", 2, *flags(**settings), before=move)
+    assert 2 in statuses and "| loss" not in out
+    assert re.search(r"^probe\.py: \[rank \d\] .*--data", out, re.M), out

@@ -1,5 +1,6 @@
 """The recipe and the training step, with a model that is small enough for a test."""
 import math
+import os
 import re
 
 import pytest
@@ -144,20 +145,24 @@ def test_the_vocabulary_is_padded_and_the_first_loss_stays(train):
     assert abs(numbers(out)[0] - math.log(50304)) < 0.3
 
 
-def test_16_bits_train_like_float32(train):
-    _, exact = train(max_steps=4)
-    model, rounded = train(max_steps=4, dtype="bfloat16")
+@pytest.mark.parametrize("dtype, steps", [("bfloat16", 4), ("float16", 3)])
+def test_16_bits_train_like_float32(train, dtype, steps):
+    _, exact = train(max_steps=steps)
+    model, rounded = train(max_steps=steps, dtype=dtype)
     assert losses(exact) != losses(rounded)
     assert numbers(rounded) == pytest.approx(numbers(exact), abs=0.05)
     for p in model.parameters():
         assert p.dtype == torch.float32  # only products are rounded
 
 
-def test_compiled_losses_equal_eager_ones(train, compiler):
+def test_compiled_losses_equal_eager_ones_and_repeat(train, compiler):
     model, out = train(compile=False)
     compiled_model, compiled_out = train(compile=True)
     assert numbers(compiled_out) == pytest.approx(numbers(out), abs=1e-3)
     assert list(compiled_model.state_dict()) == list(model.state_dict())  # no _orig_mod. in front
+    again, again_out = train(compile=True)
+    assert losses(again_out) == losses(compiled_out)
+    assert largest_difference(again, compiled_model) == 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -167,8 +172,8 @@ def test_compiled_losses_equal_eager_ones(train, compiler):
 def test_four_micro_batches_give_the_gradient_of_one_large_batch(train, monkeypatch):
     build_model = train_gpt2.build_model
 
-    def build_double(cfg):
-        return build_model(cfg).double()
+    def build_double(cfg, checkpoint):
+        return build_model(cfg, checkpoint).double()
 
     monkeypatch.setattr(train_gpt2, "build_model", build_double)
     gradients = []
@@ -222,6 +227,21 @@ def test_the_steps_line(small, capsys):
     for match in matches:
         seconds = float(match[2]) / 1000
         assert float(match[3]) * seconds == pytest.approx(64, rel=0.01)
+        assert "mfu" not in match[4]  # a CPU's isn't known
+    ends = [match[4] for match in matches if match[4]]
+    assert len(ends) == 1
+    assert re.fullmatch(r" \| left: \d+\.\d min", ends[0])
+
+
+def test_the_steps_line_where_the_peak_is_known(small, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "peak_flops", lambda device, dtype, world: 1e12)
+    model = GPT(GPTConfig(**train_gpt2.MODEL_SIZES["laptop"], vocab_size=50304))
+    matrices = 50304 * 16 + 2 * 12 * 16 * 16
+    flops = 6 * matrices + 12 * 2 * 16 * 16  # a token, with 2 layers, 16 wide, 16 long
+    assert train_gpt2.flops_per_token(model, 16) == flops
+    for match in step_lines(capsys, max_steps=2, dtype="bfloat16"):
+        percent = float(re.fullmatch(r" \| mfu: (\d+(?:\.\d+)?)%", match[4])[1])
+        assert percent == pytest.approx(100 * flops * float(match[3]) / 1e12, abs=0.06)
 
 
 def test_the_first_lines_of_a_run(train):
@@ -238,8 +258,19 @@ def test_the_first_lines_of_a_run(train):
         "64 tokens",
         "2 micro-batches of 2 x 16",
         "laptop",
+        "log/",
+        "Ctrl-C",
+        "--resume",
+        "FLOPs",
     ):
         assert word in beginning, word
-    train_data, _ = train_gpt2.load_text("text.txt")
+    train_data, _ = train_gpt2.load_data("text.txt")
     loader = train_gpt2.DataLoaderLite(train_data, 2, 16)
     assert f"{tokens / (loader.rows_per_epoch * 16):.2f} epochs" in beginning
+
+
+def test_the_log_holds_each_loss_that_was_printed(train):
+    _, out = train(max_steps=3)
+    with open(os.path.join("log", "log.txt"), encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    assert lines == [f"{step} train {loss}" for step, loss in enumerate(losses(out))]
