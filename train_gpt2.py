@@ -282,7 +282,7 @@ def launch():
 
 
 def main(device):
-    """Build a model, and let it write. Return it."""
+    """Train a model, let it write, and return it."""
     torch.manual_seed(1337)  # the same random weights each time
     model = GPT(GPTConfig()).to(device)
 
@@ -290,11 +290,18 @@ def main(device):
     arrays, val = load_text("input.txt")
     loader = DataLoaderLite(arrays, B=4, T=32)
 
+    # The recipe
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+
     print_plan(model, loader, device)
 
     x, y = fetch_batch(loader, device)
-    loss = model(x, y)[1]
-    print(f"loss: {loss.item():.6f}")
+    for step in range(50):
+        optimizer.zero_grad()
+        loss = model(x, y)[1]
+        loss.backward()
+        optimizer.step()
+        print(f"step {step:5d} | loss: {loss.item():.6f}")
     for text in sample(model, "Hello, I'm a language model,"):
         print(">", text)
     return model

@@ -1,5 +1,6 @@
 """pytest's set-up: --history, and what several test files need."""
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -58,3 +59,8 @@ def repository(tmp_path):
     git("config", "user.email", "a.test@example.com", cwd=root)
     git("config", "commit.gpgsign", "false", cwd=root)
     return root
+
+
+def losses(out):
+    """Return the training losses that a run printed, as text."""
+    return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
