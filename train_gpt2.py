@@ -248,25 +248,38 @@ class DataLoaderLite:
     """Cut arrays of tokens, (n,) uint16 each, into rows of T tokens, and hand out B rows at a time.
 
     Each row comes with the token behind it, the last one's target.
+    An epoch is one pass over all rows of all arrays. The tokens left over at an array's end, too
+    few for a row, are never read.
     """
 
     def __init__(self, arrays, B, T):
         self.arrays = arrays
         self.B = B
         self.T = T
+        self.next_row = 0
+        self.rows_per_array = [(len(array) - 1) // T for array in arrays]
+        self.rows_per_epoch = sum(self.rows_per_array)
 
     def read_row(self, number):
-        """Return row `number` of the text: T tokens and one more, (T + 1,) uint16."""
-        start = number * self.T
-        return self.arrays[0][start : start + self.T + 1]
+        """Return row `number`, counted over all epochs: T tokens and one more, (T + 1,) uint16."""
+        place = number % self.rows_per_epoch  # its place in the epoch
+        # An epoch goes through one array after another. Which one has this place?
+        for i in range(len(self.arrays)):
+            rows = self.rows_per_array[i]
+            if place < rows:
+                start = place * self.T
+                return self.arrays[i][start : start + self.T + 1]
+            place -= rows  # not this one: count from the next one's start
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
-        rows = [self.read_row(i) for i in range(self.B)]
+        first = self.next_row
+        rows = [self.read_row(first + i) for i in range(self.B)]
         tokens = np.stack(rows)  # (B, T + 1)
         tokens = torch.from_numpy(tokens.astype(np.int64))
         x = tokens[:, :-1].contiguous()  # (B, T)
         y = tokens[:, 1:].contiguous()  # (B, T)
+        self.next_row += self.B
         return x, y
 
 
@@ -300,6 +313,8 @@ def main(device):
         optimizer.zero_grad()
         loss = model(x, y)[1]
         loss.backward()
+        # Fetch the next batch here, while a GPU still computes this one.
+        x, y = fetch_batch(loader, device)
         optimizer.step()
         print(f"step {step:5d} | loss: {loss.item():.6f}")
     for text in sample(model, "Hello, I'm a language model,"):
