@@ -127,6 +127,9 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),  # the last normalisation
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # One matrix for input and output. As input, a token's vector says what the token is. As
+        # output, the token's score is the dot product of its vector and x.
+        self.transformer.wte.weight = self.lm_head.weight
 
     def hidden(self, idx):
         """Return the vectors that lm_head will score, one for each position: (B, T, C).

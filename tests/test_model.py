@@ -21,6 +21,20 @@ TINY = GPTConfig(
 )
 
 
+def parameter_shapes(config):
+    """Return {name: shape} of a GPT's parameters."""
+    with torch.device("meta"):  # shapes without numbers: no memory, no time
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def count(config):
+    return sum(shape.numel() for shape in parameter_shapes(config).values())
+
+
+def test_number_of_parameters():
+    assert count(GPTConfig()) == 124_439_808
+
+
 def test_the_names_are_those_of_openais_checkpoint():
     with torch.device("meta"):
         names = GPT(GPTConfig()).state_dict().keys()
@@ -135,3 +149,11 @@ def test_the_loss_is_the_mean_of_minus_log_probability():
         for t in range(5):
             total -= math.log(probabilities[b, t, idx[b, t + 1]].item())
     assert math.isclose(loss.item(), total / 10, rel_tol=1e-5)
+
+
+def test_one_matrix_goes_in_and_out():
+    model = GPT(TINY)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model(torch.tensor([[1, 2]]))[0].sum().backward()
+    grad = model.transformer.wte.weight.grad
+    assert grad[40_000].abs().sum() > 0  # a token that wasn't read is still scored
