@@ -130,6 +130,24 @@ class GPT(nn.Module):
         # One matrix for input and output. As input, a token's vector says what the token is. As
         # output, the token's score is the dot product of its vector and x.
         self.transformer.wte.weight = self.lm_head.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """Fill the matrices with random numbers of standard deviation 0.02, less in c_proj.
+
+        Biases start at 0. LayerNorms keep PyTorch's start: weight 1, bias 0.
+        """
+        # Each layer adds two outputs of c_proj to the residual stream, N = 2 * n_layer in all. A
+        # sum of N independent numbers has sqrt(N) times the standard deviation of one. So c_proj
+        # starts 1 / sqrt(N) as large (GPT-2's paper, section 2.3).
+        residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, mean=0.0, std=residual_std)
+            elif p.dim() == 2:
+                nn.init.normal_(p, mean=0.0, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def hidden(self, idx):
         """Return the vectors that lm_head will score, one for each position: (B, T, C).

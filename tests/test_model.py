@@ -157,3 +157,17 @@ def test_one_matrix_goes_in_and_out():
     model(torch.tensor([[1, 2]]))[0].sum().backward()
     grad = model.transformer.wte.weight.grad
     assert grad[40_000].abs().sum() > 0  # a token that wasn't read is still scored
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=256, vocab_size=1000, n_layer=8, n_head=2, n_embd=128)
+    for name, p in GPT(config).named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert abs(p.std().item() / (0.02 / 4) - 1) < 0.03  # sqrt(2 * 8 layers) = 4
+        elif p.dim() == 2:
+            assert abs(p.std().item() / 0.02 - 1) < 0.03
+        elif name.endswith("weight"):
+            assert (p == 1).all()
+        else:
+            assert (p == 0).all()

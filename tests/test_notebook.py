@@ -21,6 +21,12 @@ def test_play(monkeypatch):
     notebook = nbformat.read(ROOT / "play.ipynb", as_version=4)
     text, pictures = execute(notebook, ROOT)
     print(text)
-    assert pictures == 3
+    assert pictures == 4
     assert "every token the same: True" in text
     assert text.count("> Hello, I'm a language model,") == 4
+    growth = {}
+    for line in text.splitlines():
+        if line.startswith("after 12 blocks, "):
+            way, width = line.split(": ")
+            growth[way] = float(width)
+    assert growth["after 12 blocks, not scaled"] > 2 * growth["after 12 blocks, scaled"]
