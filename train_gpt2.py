@@ -2,7 +2,7 @@
 
     python train_gpt2.py                                     # one GPU, or else none
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -305,32 +305,69 @@ class DataLoaderLite:
 
 
 # -----------------------------------------------------------------------------
+# The recipe
+
+
+def setting(default, meaning, zero_ok=False, choices=None):
+    """Return a field of a config, with notes: what it means, and which values are allowed.
+
+    A number must be above 0. zero_ok allows 0, too. A default of None means that the program
+    chooses.
+    """
+    return field(default=default, metadata=dict(meaning=meaning, zero_ok=zero_ok, choices=choices))
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a run. The defaults are those of GPT-2 (124M)."""
+
+    data: str = setting("input.txt", "a text file")
+    seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
+
+    seq_len: int = setting(1024, "T, tokens in a sequence")
+    batch_size: int = setting(8, "B, sequences in a batch")
+    max_steps: int = setting(19073, "updates of the weights")
+    max_lr: float = setting(6e-4, "the learning rate")
+
+    device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
+                          choices=("cuda", "mps", "cpu"))
+
+
+# -----------------------------------------------------------------------------
 # The run
 
 
-def launch():
-    """Choose the device, call main(), and return its model."""
-    device = pick_device()
-    model = main(device)
+def launch(given):
+    """Train a model and return it: choose the device, then call main().
+
+    given: the settings that you choose, {name: value}. The others have TrainConfig's defaults.
+    """
+    device = pick_device(given.get("device"))
+    model = main(given, device)
     return model
 
 
-def main(device):
-    """Train a model, let it write, and return it."""
-    torch.manual_seed(1337)  # the same random weights each time
+def main(given, device):
+    """Train a model and return it. given: as in launch()."""
+    cfg = TrainConfig(**given)
+
+    # The model, and the size of a batch
+    torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig()).to(device)
+    T = cfg.seq_len
+    B = cfg.batch_size
 
     # The data
-    arrays, val = load_text("input.txt")
-    loader = DataLoaderLite(arrays, B=4, T=32)
+    arrays, val = load_text(cfg.data)
+    loader = DataLoaderLite(arrays, B, T)
 
     # The recipe
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
 
-    print_plan(model, loader, device)
+    print_plan(cfg, model, loader, device)
 
     x, y = fetch_batch(loader, device)
-    for step in range(50):
+    for step in range(cfg.max_steps):
         optimizer.zero_grad()
         loss = model(x, y)[1]
         loss.backward()
@@ -349,29 +386,31 @@ def fetch_batch(loader, device):
     return x.to(device), y.to(device)
 
 
-def print_plan(model, loader, device):
+def print_plan(cfg, model, loader, device):
     """Print what is about to happen."""
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
     print(f"Model: {parameters:,} parameters.")
     print(f"Device: {device.type}.")
-    print(f"Data: {tokens_there:,} tokens of input.txt.")
+    print(f"Data: {tokens_there:,} tokens of {cfg.data}.")
 
 
 # -----------------------------------------------------------------------------
 # The machine
 
 
-def pick_device():
-    """Return the best torch.device: a GPU (cuda), Apple's (mps), or the cpu."""
+def pick_device(name=None):
+    """Return the torch.device of that name, or the best: a GPU (cuda), Apple's (mps), the cpu."""
     usable = []
     if torch.cuda.is_available():
         usable.append("cuda")
     if torch.backends.mps.is_available():
         usable.append("mps")
     usable.append("cpu")
-    return torch.device(usable[0])
+    if name is None:
+        name = usable[0]
+    return torch.device(name)
 
 
 if __name__ == "__main__":
-    launch()
+    launch(dict(seq_len=32, batch_size=4, max_steps=50, max_lr=3e-4))

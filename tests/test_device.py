@@ -6,6 +6,8 @@ from train_gpt2 import (
     pick_device,
 )
 
+CPU = torch.device("cpu")
+
 
 def have_gpus(monkeypatch, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -19,3 +21,8 @@ def test_the_best_device_is_picked(monkeypatch, gpus, mps, best):
     have_gpus(monkeypatch, gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert pick_device().type == best
+
+
+def test_a_device_that_is_named(monkeypatch):
+    have_gpus(monkeypatch, 1)
+    assert pick_device("cpu") == CPU

@@ -1,5 +1,4 @@
 """The recipe and the training step, with a model that is small enough for a test."""
-import math
 
 import pytest
 from conftest import losses
@@ -21,9 +20,15 @@ def numbers(out):
     return [float(loss) for loss in losses(out)]
 
 
-def test_one_batch_is_learnt_by_heart(small, capsys):
-    train_gpt2.launch()
-    found = numbers(capsys.readouterr().out)
-    assert len(found) == 50
-    assert abs(found[0] - math.log(50257)) < 0.5
-    assert found[-1] < 1
+def test_the_settings_that_are_given_count(small, capsys):
+    given = dict(batch_size=2, seq_len=16, max_steps=3, device="cpu")
+    out = []
+    for more in (dict(), dict(), dict(seed=1), dict(max_lr=1e-2), dict(batch_size=3)):
+        train_gpt2.launch(given | more)
+        out.append(numbers(capsys.readouterr().out))
+    assert [len(found) for found in out] == [3] * 5
+    assert out[0] == pytest.approx(out[1], abs=1e-4)
+    assert out[2][0] != out[0][0]  # other weights
+    assert out[3][0] == pytest.approx(out[0][0], abs=1e-4)  # the same weights
+    assert abs(out[3][1] - out[0][1]) > 0.01  # and larger steps
+    assert out[4][0] != out[0][0]  # another batch
