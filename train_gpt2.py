@@ -308,6 +308,19 @@ class DataLoaderLite:
 # The recipe
 
 
+# OpenAI released these four. MODEL_SIZES has all.
+OPENAI_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+MODEL_SIZES = {
+    "laptop": dict(n_layer=4, n_head=6, n_embd=96),  # small enough for two CPU cores
+    **OPENAI_SIZES,
+}
+
+
 def setting(default, meaning, zero_ok=False, choices=None):
     """Return a field of a config, with notes: what it means, and which values are allowed.
 
@@ -321,6 +334,7 @@ def setting(default, meaning, zero_ok=False, choices=None):
 class TrainConfig:
     """The settings of a run. The defaults are those of GPT-2 (124M)."""
 
+    model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
     data: str = setting("input.txt", "a text file")
     seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
 
@@ -331,6 +345,15 @@ class TrainConfig:
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
+
+
+# How the settings of each preset differ from TrainConfig's defaults.
+PRESETS = {
+    "laptop": dict(
+        seq_len=64,
+        max_steps=850,
+    ),
+}
 
 
 # -----------------------------------------------------------------------------
@@ -353,7 +376,7 @@ def main(given, device):
 
     # The model, and the size of a batch
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig()).to(device)
+    model = build_model(cfg).to(device)
     T = cfg.seq_len
     B = cfg.batch_size
 
@@ -378,6 +401,12 @@ def main(given, device):
     for text in sample(model, "Hello, I'm a language model,"):
         print(">", text)
     return model
+
+
+def build_model(cfg):
+    """Return a new model of the shape cfg.model."""
+    config = GPTConfig(block_size=cfg.seq_len, **MODEL_SIZES[cfg.model])
+    return GPT(config)
 
 
 def fetch_batch(loader, device):
@@ -413,4 +442,4 @@ def pick_device(name=None):
 
 
 if __name__ == "__main__":
-    launch(dict(seq_len=32, batch_size=4, max_steps=50, max_lr=3e-4))
+    launch(dict(model="laptop") | PRESETS["laptop"])

@@ -61,6 +61,46 @@ def repository(tmp_path):
     return root
 
 
+# A model and a run that are small enough for a test. SHAPE takes the place of the laptop's shape.
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16)
+SMALL = dict(
+    data="text.txt",
+    model="laptop",
+    batch_size=2,
+    seq_len=16,
+    max_steps=6,
+    max_lr=1e-2,
+    device="cpu",
+)
+
+
 def losses(out):
     """Return the training losses that a run printed, as text."""
     return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Be in an empty folder with text.txt, 20,000 letters, and have the laptop's model be tiny."""
+    import train_gpt2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", SHAPE)
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def train(small, capsys):
+    """Return a function that trains in this process: (the model, all that was printed).
+
+    Its keyword arguments are settings, beside those of SMALL.
+    """
+    import train_gpt2
+
+    def train(**settings):
+        capsys.readouterr()
+        model = train_gpt2.launch(SMALL | settings)
+        out = capsys.readouterr().out
+        return model, out
+    return train

@@ -7,6 +7,7 @@ import torch
 from train_gpt2 import (
     GPT,
     MLP,
+    OPENAI_SIZES,
     Block,
     CausalSelfAttention,
     GPTConfig,
@@ -42,6 +43,23 @@ def test_the_names_are_those_of_openais_checkpoint():
         "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight",
         "transformer.ln_f.bias", "lm_head.weight",
     } <= names
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+    ("gpt2-xl", 1_557_611_200),
+])
+def test_names_and_shapes_are_those_of_hugging_face(name, parameters):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours = parameter_shapes(GPTConfig(**OPENAI_SIZES[name]))
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(**OPENAI_SIZES[name]))
+    theirs = {name: p.shape for name, p in model.named_parameters()}
+    assert sum(shape.numel() for shape in ours.values()) == parameters
+    assert ours.keys() == theirs.keys()
+    for name in ours:  # some are stored transposed
+        assert sorted(ours[name]) == sorted(theirs[name]), name
 
 
 def test_heads_must_divide_the_width():
