@@ -2,6 +2,7 @@
 
     python train_gpt2.py                                     # one GPU, or else none
 """
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -391,13 +392,19 @@ def main(given, device):
 
     x, y = fetch_batch(loader, device)
     for step in range(cfg.max_steps):
+        t0 = time.perf_counter()
         optimizer.zero_grad()
         loss = model(x, y)[1]
         loss.backward()
         # Fetch the next batch here, while a GPU still computes this one.
         x, y = fetch_batch(loader, device)
+        mean_loss = loss.item()  # waits until the GPU is done: dt is right
         optimizer.step()
-        print(f"step {step:5d} | loss: {loss.item():.6f}")
+        dt = time.perf_counter() - t0  # seconds
+
+        line = f"step {step:5d} | loss: {mean_loss:.6f}"
+        line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {B * T / dt:.2f}"
+        print(line)
     for text in sample(model, "Hello, I'm a language model,"):
         print(">", text)
     return model

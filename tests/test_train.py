@@ -1,7 +1,9 @@
 """The recipe and the training step, with a model that is small enough for a test."""
 import math
+import re
 
-from conftest import losses
+import pytest
+from conftest import SMALL, losses
 
 import train_gpt2
 
@@ -19,6 +21,18 @@ def test_one_batch_is_learnt_by_heart(train, monkeypatch):
     assert len(found) == 50
     assert abs(found[0] - math.log(50257)) < 0.3
     assert found[-1] < 1
+
+
+def test_the_steps_line(small, capsys):
+    train_gpt2.launch(SMALL | dict(max_steps=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4
+    for number, line in enumerate(lines):
+        match = re.fullmatch(r"step +(\d+) \| loss: \d+\.\d{6} \| "
+                             r"dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d)", line)
+        assert int(match[1]) == number
+        seconds = float(match[2]) / 1000
+        assert float(match[3]) * seconds == pytest.approx(32, rel=0.01)
 
 
 def test_a_run_repeats(train):
