@@ -367,6 +367,7 @@ def launch(given):
     given: the settings that you choose, {name: value}. The others have TrainConfig's defaults.
     """
     device = pick_device(given.get("device"))
+    prepare(device)
     model = main(given, device)
     return model
 
@@ -446,6 +447,11 @@ def pick_device(name=None):
     if name is None:
         name = usable[0]
     return torch.device(name)
+
+
+def prepare(device):
+    """Get PyTorch ready for device."""
+    torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
 
 
 if __name__ == "__main__":

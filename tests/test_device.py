@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import train_gpt2
 from train_gpt2 import (
     pick_device,
 )
@@ -26,3 +27,12 @@ def test_the_best_device_is_picked(monkeypatch, gpus, mps, best):
 def test_a_device_that_is_named(monkeypatch):
     have_gpus(monkeypatch, 1)
     assert pick_device("cpu") == CPU
+
+
+def test_prepare_switches_tf32_on():
+    torch.set_float32_matmul_precision("highest")
+    try:
+        train_gpt2.prepare(CPU)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
