@@ -2,6 +2,7 @@
 
     python train_gpt2.py                                     # one GPU, or else none
 """
+import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -346,6 +347,7 @@ class TrainConfig:
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
+    dtype: str = setting(None, "the type for matrix products", choices=("bfloat16", "float32"))
 
 
 # How the settings of each preset differ from TrainConfig's defaults.
@@ -375,6 +377,7 @@ def launch(given):
 def main(given, device):
     """Train a model and return it. given: as in launch()."""
     cfg = TrainConfig(**given)
+    dtype = cfg.dtype or best_dtype(device)
 
     # The model, and the size of a batch
     torch.manual_seed(cfg.seed)
@@ -389,13 +392,14 @@ def main(given, device):
     # The recipe
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
 
-    print_plan(cfg, model, loader, device)
+    print_plan(cfg, model, loader, device, dtype)
 
     x, y = fetch_batch(loader, device)
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()
         optimizer.zero_grad()
-        loss = model(x, y)[1]
+        with autocast(device, dtype):
+            loss = model(x, y)[1]  # only the loss: the logits take much memory
         loss.backward()
         # Fetch the next batch here, while a GPU still computes this one.
         x, y = fetch_batch(loader, device)
@@ -423,12 +427,13 @@ def fetch_batch(loader, device):
     return x.to(device), y.to(device)
 
 
-def print_plan(cfg, model, loader, device):
+def print_plan(cfg, model, loader, device, dtype):
     """Print what is about to happen."""
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
     print(f"Model: {parameters:,} parameters.")
     print(f"Device: {device.type}.")
+    print(f"Precision: {dtype}.")
     print(f"Data: {tokens_there:,} tokens of {cfg.data}.")
 
 
@@ -447,6 +452,31 @@ def pick_device(name=None):
     if name is None:
         name = usable[0]
     return torch.device(name)
+
+
+def has_bfloat16(device):
+    """Return whether device has bfloat16 in hardware. Emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    features = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # Intel and AMD, Intel, Arm
+    return any(features.get(name, False) for name in names)
+
+
+def best_dtype(device):
+    """Return the name of the type in which device multiplies matrices fastest."""
+    if has_bfloat16(device):
+        return "bfloat16"
+    return "float32"
+
+
+def autocast(device, dtype):
+    """Return the context in which matrices are multiplied in dtype. Parameters stay float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 def prepare(device):

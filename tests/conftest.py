@@ -70,6 +70,7 @@ SMALL = dict(
     seq_len=16,
     max_steps=6,
     max_lr=1e-2,
+    dtype="float32",
     device="cpu",
 )
 

@@ -3,6 +3,7 @@ import math
 import re
 
 import pytest
+import torch
 from conftest import SMALL, losses
 
 import train_gpt2
@@ -33,6 +34,15 @@ def test_the_steps_line(small, capsys):
         assert int(match[1]) == number
         seconds = float(match[2]) / 1000
         assert float(match[3]) * seconds == pytest.approx(32, rel=0.01)
+
+
+def test_16_bits_train_like_float32(train):
+    _, exact = train(max_steps=4)
+    model, rounded = train(max_steps=4, dtype="bfloat16")
+    assert losses(exact) != losses(rounded)
+    assert numbers(rounded) == pytest.approx(numbers(exact), abs=0.05)
+    for p in model.parameters():
+        assert p.dtype == torch.float32  # only products are rounded
 
 
 def test_a_run_repeats(train):
