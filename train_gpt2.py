@@ -3,6 +3,7 @@
     python train_gpt2.py                                     # one GPU, or else none
 """
 import contextlib
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -348,6 +349,7 @@ class TrainConfig:
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
                           choices=("cuda", "mps", "cpu"))
     dtype: str = setting(None, "the type for matrix products", choices=("bfloat16", "float32"))
+    compile: bool = setting(None, "use torch.compile")
 
 
 # How the settings of each preset differ from TrainConfig's defaults.
@@ -392,6 +394,8 @@ def main(given, device):
     # The recipe
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
 
+    # Both have the same parameters. Only training is compiled: sampling would compile many times.
+    train_model = compile_model(model, cfg.compile, device, dtype)
     print_plan(cfg, model, loader, device, dtype)
 
     x, y = fetch_batch(loader, device)
@@ -399,7 +403,7 @@ def main(given, device):
         t0 = time.perf_counter()
         optimizer.zero_grad()
         with autocast(device, dtype):
-            loss = model(x, y)[1]  # only the loss: the logits take much memory
+            loss = train_model(x, y)[1]  # only the loss: the logits take much memory
         loss.backward()
         # Fetch the next batch here, while a GPU still computes this one.
         x, y = fetch_batch(loader, device)
@@ -482,6 +486,26 @@ def autocast(device, dtype):
 def prepare(device):
     """Get PyTorch ready for device."""
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
+
+
+def compile_model(model, wanted, device, dtype):
+    """Return model, compiled if that is wanted and works, for a faster step.
+
+    wanted: True, False, or None: where it helps. On a CPU in float32 it helps little.
+    A CPU needs a C++ compiler for it, a GPU Triton.
+    """
+    if wanted is None:
+        wanted = device.type == "cuda" or (device.type == "cpu" and dtype == "bfloat16")
+    if not wanted:
+        return model
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
+        print("warning: torch.compile doesn't work here, so a step takes longer, on a GPU much "
+              f"longer: {error}", file=sys.stderr)
+        return model
+    print("The model is compiled, so the first update takes a minute.")
+    return torch.compile(model)
 
 
 if __name__ == "__main__":

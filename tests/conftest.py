@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 INPUT = str(ROOT / "input.txt")
 
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the compiler; tests that are about it turn it on
+
 
 def pytest_addoption(parser):
     parser.addoption("--history", action="store_true", help="replay the history, and nothing else")
@@ -106,3 +108,9 @@ def train(small, capsys):
         out = capsys.readouterr().out
         return model, re.sub(r"dt: [^\n]*", "", out)
     return train
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Let torch.compile compile, in this process and those that it starts."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")

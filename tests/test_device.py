@@ -41,6 +41,51 @@ def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
     assert best_dtype(CPU) == ("bfloat16" if answer else "float32")
 
 
+@pytest.fixture
+def compile_for(monkeypatch):
+    """Return a function that calls compile_model, with a compiler that works or doesn't.
+
+    It returns whether the model is compiled.
+    """
+    def compile_for(kind, dtype, wanted, works=True):
+        def compile(what):
+            if not works:
+                raise RuntimeError("no compiler found\nand much more")
+            return lambda *args: what
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", compile)
+            patch.setattr(torch, "ones", lambda *size, device: None)  # on a GPU that isn't there
+            model = torch.nn.Linear(1, 1)
+            found = train_gpt2.compile_model(model, wanted, torch.device(kind), dtype)
+        if found is model:
+            return False
+        assert found() is model
+        return True
+
+    return compile_for
+
+
+@pytest.mark.parametrize("kind, dtype, compiles", [
+    ("cpu", "bfloat16", True), ("cpu", "float32", False),  # there it is faster without
+    ("cuda", "bfloat16", True), ("cuda", "float16", True), ("mps", "bfloat16", False),
+])
+def test_the_machine_decides_whether_to_compile(compile_for, capsys, kind, dtype, compiles):
+    assert compile_for(kind, dtype, None) is compiles
+    assert compile_for(kind, dtype, True) is True
+    assert capsys.readouterr().err == ""
+    assert compile_for(kind, dtype, False) is False
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_compiler_that_does_not_work_is_a_warning(compile_for, capsys, kind):
+    assert compile_for(kind, "bfloat16", None, works=False) is False
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert "torch.compile" in errors and "no compiler found" in errors
+
+
 def test_prepare_switches_tf32_on():
     torch.set_float32_matmul_precision("highest")
     try:

@@ -45,6 +45,13 @@ def test_16_bits_train_like_float32(train):
         assert p.dtype == torch.float32  # only products are rounded
 
 
+def test_compiled_losses_equal_eager_ones(train, compiler):
+    model, out = train(compile=False)
+    compiled_model, compiled_out = train(compile=True)
+    assert numbers(compiled_out) == pytest.approx(numbers(out), abs=1e-3)
+    assert list(compiled_model.state_dict()) == list(model.state_dict())  # no _orig_mod. in front
+
+
 def test_a_run_repeats(train):
     _, out = train(max_steps=3)
     assert losses(train(max_steps=3)[1]) == losses(out)
