@@ -57,13 +57,9 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
-        # A score is a sum of hs products. If q and k have a standard deviation of 1, the sum has
-        # sqrt(hs). Divide by that. Otherwise one share could be near 1 from the start.
-        scores = q @ k.transpose(-2, -1) / hs**0.5  # (B, nh, T, T)
-        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # is the key later?
-        scores = scores.masked_fill(later, float("-inf"))
-        shares = F.softmax(scores, dim=-1)  # (B, nh, T, T); exp(-inf) is 0
-        y = shares @ v  # (B, nh, T, hs)
+        # softmax(q @ k^T / sqrt(hs)) @ v, where is_causal hides later tokens. GPUs and CPUs compute
+        # it in tiles (flash attention), so that the T x T scores never stand in memory.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 

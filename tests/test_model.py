@@ -104,6 +104,20 @@ def test_attention_by_hand():
     assert torch.allclose(layer(x), layer.c_proj(y), atol=1e-5)
 
 
+def test_the_scores_of_all_pairs_never_stand_in_memory():
+    T = 256
+    layer = CausalSelfAttention(TINY)
+    sizes = []
+
+    def note(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(torch.randn(1, T, 32))
+    assert sizes and max(sizes) < T * T
+
+
 def test_a_later_token_never_changes_an_earlier_logit():
     torch.manual_seed(0)
     model = GPT(TINY)
