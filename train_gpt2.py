@@ -242,6 +242,7 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
         window = idx[:, -model.config.block_size :]  # what the model can read
         x = model.hidden(window)[:, -1]  # (B, C), the last position
         logits = model.lm_head(x)  # (B, vocab_size)
+        logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
         next_token = draw_token(logits, temperature, top_k, generator)  # (B, 1)
         idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
     drawn = idx[:, len(tokens):].tolist()  # B lists of ids
@@ -417,7 +418,9 @@ def main(given, device):
 
 def build_model(cfg):
     """Return a new model of the shape cfg.model."""
-    config = GPTConfig(block_size=cfg.seq_len, **MODEL_SIZES[cfg.model])
+    # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly among a kernel's
+    # threads. The 47 extra tokens never occur.
+    config = GPTConfig(block_size=cfg.seq_len, vocab_size=50304, **MODEL_SIZES[cfg.model])
     return GPT(config)
 
 

@@ -14,7 +14,7 @@ from train_gpt2 import (
 )
 
 TINY = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32)
-VOCAB_SIZE = 50257
+VOCAB_SIZE = 50304  # 50257, and padding
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ class Score(torch.nn.Module):
     def forward(self, x):
         gap = (torch.arange(VOCAB_SIZE) - x - 1) % 50257  # (N, VOCAB_SIZE)
         logits = -0.1 * gap
+        logits[..., 50257:] = 1000.0  # the padding screams
         return logits
 
 
@@ -80,6 +81,11 @@ def test_only_the_top_k_are_drawn_and_all_of_them():
     start = gpt2_encoding().encode(" a")[0]
     texts = sample(Rigged(), " a", num_samples=400, max_new_tokens=1, top_k=5)
     assert set(texts) == {decode([start, start + n]) for n in range(1, 6)}
+
+
+def test_the_padding_is_never_sampled():
+    texts = sample(Rigged(), " a", num_samples=50, max_new_tokens=10)  # decode fails above 50256
+    assert len(texts) == 50
 
 
 def test_temperature():

@@ -56,3 +56,9 @@ def test_a_run_repeats(train):
     _, out = train(max_steps=3)
     assert losses(train(max_steps=3)[1]) == losses(out)
     assert losses(train(max_steps=3, seed=1)[1]) != losses(out)
+
+
+def test_the_vocabulary_is_padded_and_the_first_loss_stays(train):
+    model, out = train(max_steps=1)
+    assert model.lm_head.weight.shape == (50304, 16)
+    assert abs(numbers(out)[0] - math.log(50304)) < 0.3
