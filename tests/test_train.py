@@ -7,6 +7,11 @@ import torch
 from conftest import SMALL, losses
 
 import train_gpt2
+from train_gpt2 import (
+    GPT,
+    GPTConfig,
+    configure_optimizer,
+)
 
 
 def numbers(out):
@@ -22,6 +27,26 @@ def test_one_batch_is_learnt_by_heart(train, monkeypatch):
     assert len(found) == 50
     assert abs(found[0] - math.log(50257)) < 0.3
     assert found[-1] < 1
+
+
+def test_fused_adamw_is_adamw():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
+    model = GPT(config).double()
+    other = GPT(config).double()
+    other.load_state_dict(model.state_dict())
+    fused = configure_optimizer(model, lr=1e-2)
+    assert fused.param_groups[0]["fused"]
+    plain = torch.optim.AdamW(other.parameters(), lr=1e-2, fused=False, foreach=False)
+    x = torch.randint(64, (4, 8))
+    y = torch.randint(64, (4, 8))
+    for trained, optimizer in ((model, fused), (other, plain)):
+        for _ in range(5):
+            optimizer.zero_grad()
+            trained(x, y)[1].backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.allclose(a, b, atol=1e-9)
 
 
 def test_the_steps_line(small, capsys):
