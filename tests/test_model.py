@@ -11,6 +11,9 @@ from train_gpt2 import (
     Block,
     CausalSelfAttention,
     GPTConfig,
+    KVCache,
+    build_model,
+    choose_config,
 )
 
 TINY = GPTConfig(
@@ -60,6 +63,36 @@ def test_names_and_shapes_are_those_of_hugging_face(name, parameters):
     assert ours.keys() == theirs.keys()
     for name in ours:  # some are stored transposed
         assert sorted(ours[name]) == sorted(theirs[name]), name
+
+
+def new_model(**given):
+    """Return the model of a run with these settings, without numbers."""
+    cfg = choose_config(dict(data="a.txt") | given, None, torch.device("cpu"))
+    with torch.device("meta"):
+        return build_model(cfg, None)
+
+
+@pytest.mark.parametrize("name, n_layer, n_embd", [
+    ("gpt3-small", 12, 768), ("gpt3-medium", 24, 1024), ("gpt3-large", 24, 1536),
+    ("gpt3-xl", 24, 2048),
+])
+def test_gpt3s_small_models(name, n_layer, n_embd):
+    model = new_model(model=name)
+    assert model.config.block_size == 2048
+    # 12 C^2 weights and 13 C vectors in a layer, two C in the last LayerNorm
+    layers = n_layer * (12 * n_embd**2 + 13 * n_embd)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == (50304 + 2048) * n_embd + layers + 2 * n_embd
+
+
+@pytest.mark.parametrize("given, block_size", [
+    (dict(model="laptop"), 64), (dict(model="laptop", seq_len=100), 100),
+    (dict(model="gpt2"), 1024),
+])
+def test_a_new_model_has_no_position_that_is_never_trained(given, block_size):
+    model = new_model(**given)
+    assert model.config.block_size == model.transformer.wpe.weight.shape[0] == block_size
+    assert model.config.vocab_size == 50304
 
 
 def test_heads_must_divide_the_width():
@@ -161,6 +194,31 @@ def test_a_sequence_longer_than_block_size_is_refused():
         GPT(TINY)(idx)
 
 
+@pytest.mark.parametrize("first", [1, 5, 16])
+def test_with_a_cache_the_vectors_are_the_same(first):
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    idx = torch.randint(50257, (3, 16))
+    expected = model.hidden(idx)  # (3, 16, 32)
+    cache = KVCache(model)
+    assert cache.length == 0
+    for t in range(first, 17):
+        x = cache.newest_vector(idx[:, :t])  # (3, 32)
+        assert torch.allclose(x, expected[:, t - 1], atol=1e-5)
+        assert cache.length == t
+
+
+def test_what_the_cache_holds_is_not_computed_again():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    idx = torch.randint(50257, (3, 6))
+    expected = model.hidden(idx)[:, -1]
+    cache = KVCache(model)
+    cache.newest_vector(idx[:, :5])
+    idx[:, :5] = 0  # nobody looks at them any more
+    assert torch.allclose(cache.newest_vector(idx), expected, atol=1e-5)
+
+
 def test_the_first_loss_is_that_of_a_guess():
     torch.manual_seed(0)
     idx = torch.randint(50257, (4, 17))
@@ -181,6 +239,17 @@ def test_the_loss_is_the_mean_of_minus_log_probability():
         for t in range(5):
             total -= math.log(probabilities[b, t, idx[b, t + 1]].item())
     assert math.isclose(loss.item(), total / 10, rel_tol=1e-5)
+
+
+def test_no_gradient_is_made_for_logits_beside_a_loss():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.randint(64, (2, 8))
+    logits, loss = model(idx, idx)
+    assert loss.requires_grad
+    assert not logits.requires_grad  # so torch.compile has nothing to make one for
+    alone, _ = model(idx)
+    assert alone.requires_grad
+    assert torch.equal(alone, logits)
 
 
 def test_one_matrix_goes_in_and_out():

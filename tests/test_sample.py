@@ -5,6 +5,7 @@ import socket
 import pytest
 import torch
 
+import train_gpt2
 from fineweb import gpt2_encoding
 from train_gpt2 import (
     GPT,
@@ -77,6 +78,10 @@ def test_end_of_text_in_a_prompt_is_the_token():
     assert text == "a<|endoftext|>" + decode([0, 1])  # they follow the last token, 50256
 
 
+def test_an_empty_prompt_is_refused(fails):
+    assert "--sample" in fails(sample, Rigged(), "")
+
+
 def test_only_the_top_k_are_drawn_and_all_of_them():
     start = gpt2_encoding().encode(" a")[0]
     texts = sample(Rigged(), " a", num_samples=400, max_new_tokens=1, top_k=5)
@@ -132,3 +137,9 @@ def test_a_prompt_longer_than_block_size(model):
     short, = sample(model, " so" * 16, num_samples=1, max_new_tokens=3)  # what the model can read
     assert text.startswith(words)
     assert text[len(words):] == short[len(" so" * 16):]
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", " so" * 20])
+def test_a_cache_changes_no_text(model, prompt):
+    texts = sample(model, prompt, max_new_tokens=30)
+    assert sample(model, prompt, max_new_tokens=30, cache=train_gpt2.KVCache(model)) == texts
