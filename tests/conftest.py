@@ -1,11 +1,26 @@
 """pytest's set-up: --history, and what several test files need."""
+import ctypes
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+INPUT = str(ROOT / "input.txt")
+EXAMPLES = str(ROOT / "tests" / "hellaswag.jsonl")  # 200 in HellaSwag's format, of input.txt's lines
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the compiler; tests that are about it turn it on
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run side by side, so each gets along with one thread
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # tests in this process: half the time
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc keeps large blocks, where each new one would come from the system,
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: empty, to be filled page by page
 
 
 def pytest_addoption(parser):
@@ -57,3 +72,114 @@ def repository(tmp_path):
     git("config", "user.email", "a.test@example.com", cwd=root)
     git("config", "commit.gpgsign", "false", cwd=root)
     return root
+
+
+# A model and a run that are small enough for a test. SHAPE takes the place of the laptop's shape.
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16)
+SMALL = dict(
+    data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6,
+    max_lr=1e-2, warmup_steps=1, weight_decay=0.1, dtype="float32", device="cpu", eval_interval=0,
+    sample_interval=0, checkpoint_interval=0,
+)
+
+
+def flags(**settings):
+    """Return the command line for SMALL and settings, as a list of words."""
+    words = []
+    for name, value in (SMALL | settings).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def losses(out):
+    """Return the training losses that a run printed, as text."""
+    return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
+
+
+def val_losses(out):
+    """Return the validation losses that a run printed, as text."""
+    return re.findall(r"^step +\d+ \| val loss: (\S+)", out, re.M)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Be in an empty folder with text.txt, 20,000 letters, and have the laptop's model be tiny."""
+    import train_gpt2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", SHAPE)
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def train(small, capsys):
+    """Return a function that trains in this process: (the model, all that was printed).
+
+    Its keyword arguments are settings, beside those of SMALL. With resume=True they stand alone.
+    What differs between equal runs, the times, is left out of the text.
+    """
+    import train_gpt2
+
+    def train(resume=False, **settings):
+        capsys.readouterr()
+        model = train_gpt2.main(settings if resume else SMALL | settings, resume)
+        out = capsys.readouterr().out
+        return model, re.sub(r"dt: [^\n]*", "", out)
+    return train
+
+
+@pytest.fixture
+def fails(capsys):
+    """Return a function that calls another one, which has to give up: one line and status 2.
+
+    It returns the line, without the program's name.
+    """
+    def fails(function, *args, **kwargs):
+        capsys.readouterr()
+        try:
+            function(*args, **kwargs)
+        except SystemExit as end:
+            status = end.code
+        else:
+            pytest.fail("it did not give up")
+        lines = capsys.readouterr().err.splitlines()
+        assert status == 2 and lines, (status, lines)
+        program, message = lines[-1].split(": ", 1)
+        assert program.endswith(".py") and "Traceback" not in "".join(lines)
+        return message
+    return fails
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that runs a program of ours in an empty folder; the finished process."""
+    def run(*args, script="train_gpt2.py", **kwargs):
+        command = (sys.executable, str(ROOT / script), *map(str, args))
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                              **kwargs)
+    return run
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Let torch.compile compile, in this process and those that it starts."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+
+
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    """Be train_gpt2.py, whose name stands before an error, where a test doesn't say otherwise."""
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py"])
+
+
+def damaged(data, cuts, flips):
+    """Yield data, bytes, cut at so many places, and with so many bytes flipped, one at a time."""
+    random = np.random.default_rng(0)
+    for length in np.linspace(0, len(data) - 1, cuts, dtype=int):
+        yield data[:length]
+    for place in random.integers(len(data), size=flips):
+        yield data[:place] + bytes([data[place] ^ int(random.integers(1, 256))]) + data[place + 1 :]

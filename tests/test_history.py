@@ -85,6 +85,7 @@ def run_until(command, regex, cwd, limit):
     """
     env = dict(os.environ, PYTHONUNBUFFERED="1", NO_COLOR="1")
     env["CUDA_VISIBLE_DEVICES"] = ""  # no NVIDIA GPU: the messages say what a CPU prints
+    env.pop("TORCHDYNAMO_DISABLE", None)  # which is for the other tests
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]  # the same python
     output = ""
     matched = False
