@@ -20,6 +20,36 @@ class GPTConfig:
     n_embd: int = 768  # the width: every token is a vector of so many numbers
 
 
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them, applied to every token alone.
+
+    (B, T, n_embd) -> (B, T, n_embd): B sequences of T tokens, each token a vector.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # the exact one was slow in 2019; OpenAI's weights expect this one
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = self.gelu(self.c_fc(x))  # (B, T, 4 * n_embd)
+        return self.c_proj(x)  # (B, T, n_embd)
+
+
+class Block(nn.Module):
+    """One layer: what the MLP finds is added to the residual stream x, (B, T, n_embd) -> (B, T, n_embd)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
 class GPT(nn.Module):
     """GPT-2's layers under the names that OpenAI's checkpoint gives them."""
 
@@ -29,6 +59,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
             wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
