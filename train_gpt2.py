@@ -2,9 +2,12 @@
 
     python train_gpt2.py
 """
+import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 # -----------------------------------------------------------------------------
 # The model
@@ -17,7 +20,42 @@ class GPTConfig:
     block_size: int = 1024  # the longest sequence it can read, in tokens
     vocab_size: int = 50257  # 256 bytes, 50,000 merges of frequent neighbours, and <|endoftext|>
     n_layer: int = 12
+    n_head: int = 12
     n_embd: int = 768  # the width: every token is a vector of so many numbers
+
+
+class CausalSelfAttention(nn.Module):
+    """Let every token read from itself and from the tokens before it ("Attention Is All You Need", section 3.2).
+
+    (B, T, n_embd) -> (B, T, n_embd); inside, nh heads of size hs = n_embd / nh.
+    Raises ValueError where the heads don't divide the width.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of every head
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        # True where row i may look at column j: at itself and to its left. It is no weight, so it isn't saved.
+        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        # a head is a slice of the width; moved before T, it is one more batch dimension
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        # dividing by sqrt(hs) keeps the scores' variance near 1, where softmax still has a slope
+        att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, T)
+        att = att.masked_fill(~self.mask[:T, :T], float("-inf"))  # exp(-inf) = 0: the future has no weight
+        att = F.softmax(att, dim=-1)  # each row sums to 1
+        y = att @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -38,14 +76,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: what the MLP finds is added to the residual stream x, (B, T, n_embd) -> (B, T, n_embd)."""
+    """One layer: tokens talk (attn), then each thinks alone (mlp); (B, T, n_embd) -> (B, T, n_embd)."""
 
     def __init__(self, config):
         super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
 

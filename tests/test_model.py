@@ -1,10 +1,11 @@
 """The model: its shape, and what a forward pass may and may not do."""
 
+import pytest
 import torch
 
 from train_gpt2 import GPT, MLP, Block, GPTConfig
 
-TINY = GPTConfig(block_size=16, vocab_size=50257, n_layer=2, n_embd=32)
+TINY = GPTConfig(block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)
 
 
 def count(config):
@@ -13,7 +14,7 @@ def count(config):
 
 
 def test_number_of_parameters():
-    assert count(GPTConfig()) == 134_670_336
+    assert count(GPTConfig()) == 163_037_184
 
 
 def test_the_names_are_those_of_openais_checkpoint():
@@ -39,3 +40,20 @@ def test_mlp_sees_each_token_alone():
     torch.manual_seed(0)
     mlp, x = MLP(TINY), torch.randn(1, 5, 32)
     assert torch.allclose(mlp(x)[:, 3:4], mlp(x[:, 3:4]), atol=1e-6)
+
+
+def test_a_later_token_never_changes_an_earlier_output():
+    torch.manual_seed(0)
+    block, x = Block(TINY), torch.randn(1, 16, 32)
+    before = block(x)
+    for t in range(16):
+        changed = x.clone()
+        changed[:, t] = torch.randn(32)
+        after = block(changed)
+        assert torch.allclose(after[:, :t], before[:, :t], atol=1e-6)
+        assert (after[:, t:] - before[:, t:]).abs().amax(dim=(0, 2)).min() > 1e-4  # and it does change all later ones
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="n_embd 32 is not a multiple of n_head 3"):
+        GPT(GPTConfig(n_embd=32, n_head=3))
