@@ -92,7 +92,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2's layers under the names that OpenAI's checkpoint gives them."""
+    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), under OpenAI's parameter names.
+
+    Nothing in it is random (no dropout), so train() and eval() make no difference.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -105,6 +108,22 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
+    def forward(self, idx):
+        """Score every possible next token at every position.
+
+        idx: token ids, (B, T), int64. Returns (logits, loss): logits (B, T, vocab_size), and a loss that is None.
+        Raises ValueError where T is over block_size.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size, {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd); every row gets the same positions
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
+        return logits, None
+
 
 # -----------------------------------------------------------------------------
 # The run
@@ -113,6 +132,10 @@ class GPT(nn.Module):
 def main():
     model = GPT(GPTConfig())
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+
+    idx = torch.randint(model.config.vocab_size, (2, 8))  # two made-up sequences of eight tokens
+    logits, _ = model(idx)
+    print(f"token ids {tuple(idx.shape)} in, logits {tuple(logits.shape)} out")
 
 
 if __name__ == "__main__":

@@ -42,18 +42,36 @@ def test_mlp_sees_each_token_alone():
     assert torch.allclose(mlp(x)[:, 3:4], mlp(x[:, 3:4]), atol=1e-6)
 
 
-def test_a_later_token_never_changes_an_earlier_output():
+def test_a_later_token_never_changes_an_earlier_logit():
     torch.manual_seed(0)
-    block, x = Block(TINY), torch.randn(1, 16, 32)
-    before = block(x)
+    model, idx = GPT(TINY), torch.randint(50257, (1, 16))
+    before, _ = model(idx)
     for t in range(16):
-        changed = x.clone()
-        changed[:, t] = torch.randn(32)
-        after = block(changed)
+        changed = idx.clone()
+        changed[:, t] = (idx[:, t] + 1) % 50257
+        after, _ = model(changed)
         assert torch.allclose(after[:, :t], before[:, :t], atol=1e-6)
-        assert (after[:, t:] - before[:, t:]).abs().amax(dim=(0, 2)).min() > 1e-4  # and it does change all later ones
+        assert (after[:, t:] - before[:, t:]).abs().amax(dim=(0, 2)).min() > 1e-6  # and it does change all later ones
 
 
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="n_embd 32 is not a multiple of n_head 3"):
         GPT(GPTConfig(n_embd=32, n_head=3))
+
+
+def test_forward_returns_logits_and_no_loss():
+    logits, loss = GPT(TINY)(torch.randint(50257, (3, 7)))
+    assert logits.shape == (3, 7, 50257) and loss is None
+
+
+def test_a_sequence_longer_than_block_size_is_refused():
+    with pytest.raises(ValueError, match="17 tokens is longer than block_size, 16"):
+        GPT(TINY)(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_order_matters():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=32))  # one layer: only wpe can tell
+    there, _ = model(torch.tensor([[5, 6, 7]]))
+    back, _ = model(torch.tensor([[6, 5, 7]]))
+    assert not torch.allclose(there[:, -1], back[:, -1], atol=1e-4)
