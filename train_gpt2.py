@@ -3,6 +3,7 @@
     python train_gpt2.py
 """
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,14 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768  # the width: every token is a vector of so many numbers
+
+
+OPENAI_SIZES = {  # the four that were released; in all of them a head is 64 wide
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
 
 
 class CausalSelfAttention(nn.Module):
@@ -124,14 +133,52 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         return logits, None
 
+    @classmethod
+    def from_pretrained(cls, name):
+        """Return a GPT with weights in Hugging Face's format: OpenAI's, or those of a local folder.
+
+        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder that holds config.json and model.safetensors.
+        Raises OSError where there are no such weights, ValueError where they aren't a whole GPT-2's.
+        """
+        if name not in OPENAI_SIZES and not os.path.isdir(name):
+            raise FileNotFoundError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI_SIZES)}")
+        from huggingface_hub.utils import logging as hub_logging
+        from safetensors import SafetensorError
+        from transformers import GPT2LMHeadModel, logging  # slow to import, and needed only here
+
+        logging.set_verbosity_error()  # what matters of its warnings is raised below
+        logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
+        try:
+            source, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
+        except SafetensorError as e:
+            raise OSError(f"its model.safetensors is damaged ({e})") from e
+        c = source.config
+        for key, value in dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                               scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True).items():
+            if getattr(c, key) != value:
+                raise ValueError(f"its {key} is {getattr(c, key)}, and GPT-2's is {value}")
+        for fault in ("missing_keys", "mismatched_keys"):  # what transformers then fills with random numbers
+            if report[fault]:
+                raise ValueError(f"its weights have {fault}, such as {sorted(report[fault])[0]}")
+
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        # OpenAI computed these four as x @ W with W of shape (in, out); nn.Linear keeps (out, in)
+        transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        weights = source.state_dict()
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                p.copy_(weights[key].t() if key.endswith(transposed) else weights[key])
+        return model
+
 
 # -----------------------------------------------------------------------------
 # The run
 
 
 def main():
-    model = GPT(GPTConfig())
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    model = GPT.from_pretrained("gpt2")
+    print(f"gpt2 loaded, parameters: {sum(p.numel() for p in model.parameters()):,}")
 
     idx = torch.randint(model.config.vocab_size, (2, 8))  # two made-up sequences of eight tokens
     logits, _ = model(idx)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train_gpt2 import GPT, MLP, Block, GPTConfig
+from train_gpt2 import GPT, MLP, OPENAI_SIZES, Block, GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)
 
@@ -75,3 +75,18 @@ def test_order_matters():
     there, _ = model(torch.tensor([[5, 6, 7]]))
     back, _ = model(torch.tensor([[6, 5, 7]]))
     assert not torch.allclose(there[:, -1], back[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, parameters", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
+                                              ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+def test_names_and_shapes_are_those_of_hugging_face(name, parameters):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = OPENAI_SIZES[name]
+    with torch.device("meta"):
+        ours = {name: p.shape for name, p in GPT(GPTConfig(**size)).named_parameters()}
+        theirs = {name: p.shape for name, p in GPT2LMHeadModel(GPT2Config(**size)).named_parameters()}
+    del ours["lm_head.weight"]  # theirs is wte.weight once more, and isn't counted twice
+    assert sum(shape.numel() for shape in ours.values()) == parameters
+    assert ours.keys() == theirs.keys()
+    assert all(sorted(ours[name]) == sorted(theirs[name]) for name in ours)  # some are stored transposed
