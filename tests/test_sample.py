@@ -1,0 +1,65 @@
+"""The tokenizer and sampling."""
+import socket
+
+import pytest
+import torch
+
+from train_gpt2 import GPT, GPTConfig, gpt2_encoding, sample
+
+
+@pytest.fixture(scope="module")
+def enc():
+    return gpt2_encoding()
+
+
+def test_tokenizer_is_gpt2s_and_needs_no_network(enc, monkeypatch, tmp_path):
+    monkeypatch.setattr(socket, "socket", None)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # nothing from an earlier download
+    assert gpt2_encoding().encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert enc.n_vocab == 50257 and enc.eot_token == 50256
+    text = "naïve café 東京 \t\n  x=1; don't 12345"
+    assert enc.decode(enc.encode(text)) == text
+    ids = [enc.encode_single_token(enc.decode_single_token_bytes(n)) for n in range(50257)]
+    assert ids == list(range(50257))
+
+
+class Rigged(torch.nn.Module):
+    """Scores token t + 1 highest after token t, then t + 2, and so on downwards."""
+
+    config = GPTConfig(block_size=8)
+
+    def __init__(self):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(()))
+        self.longest = 0
+
+    def forward(self, idx):
+        self.longest = max(self.longest, idx.shape[1])
+        gap = (torch.arange(50257) - idx[:, :, None] - 1) % 50257  # (B, T, vocab_size)
+        logits = -gap.float() * 0.1
+        return logits, None
+
+
+def test_greedy_takes_the_likeliest_and_old_tokens_drop_out(enc):
+    model = Rigged()
+    text, = sample(model, enc, " a", num_samples=1, max_new_tokens=20, top_k=1)
+    start = enc.encode(" a")[0]
+    assert text == enc.decode([start + n for n in range(21)])
+    assert model.longest == 8  # never more than block_size, though 21 tokens were made
+
+
+def test_only_the_top_k_are_drawn_and_all_of_them(enc):
+    start = enc.encode(" a")[0]
+    texts = sample(Rigged(), enc, " a", num_samples=400, max_new_tokens=1, top_k=5)
+    assert set(texts) == {enc.decode([start, start + n]) for n in range(1, 6)}
+
+
+def test_samples_repeat_and_leave_the_random_numbers_alone(enc):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=32))
+    state = torch.get_rng_state()
+    texts = sample(model, enc, "Hello", num_samples=3, max_new_tokens=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(set(texts)) == 3 and all(text.startswith("Hello") for text in texts)
+    assert sample(model, enc, "Hello", num_samples=3, max_new_tokens=8) == texts
+    assert sample(model, enc, "Hello", num_samples=3, max_new_tokens=8, seed=43) != texts
