@@ -218,13 +218,21 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
 # The run
 
 
-def main():
-    model = GPT.from_pretrained("gpt2")
-    print(f"gpt2 loaded, parameters: {sum(p.numel() for p in model.parameters()):,}")
+def pick_device():
+    """Return the best torch.device there is: an NVIDIA GPU (cuda), Apple's (mps), or the cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
-    idx = torch.randint(model.config.vocab_size, (2, 8))  # two made-up sequences of eight tokens
-    logits, _ = model(idx)
-    print(f"token ids {tuple(idx.shape)} in, logits {tuple(logits.shape)} out")
+
+def main():
+    device = pick_device()
+    print(f"device: {device}")
+    torch.manual_seed(1337)  # the same weights, and the same babble, every time
+    model = GPT(GPTConfig()).to(device)
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     enc = gpt2_encoding()
     for text in sample(model, enc, "Hello, I'm a language model,"):
         print(">", text)
