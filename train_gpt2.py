@@ -4,9 +4,11 @@
 """
 import math
 import os
+import sys
 from dataclasses import dataclass
 from importlib.resources import files
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
@@ -215,6 +217,24 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
 
 
 # -----------------------------------------------------------------------------
+# The data
+
+
+def load_tokens(path, enc):
+    """Return the tokens of the text file at path: (N,), uint16, in which GPT-2's ids fit at half of int32's size."""
+    if not os.path.isfile(path):
+        fail(f"there is no text file {path!r} in {os.getcwd()}; start in the folder that holds it")
+    try:
+        with open(path, encoding="utf-8") as f:
+            tokens = enc.encode_ordinary(f.read())
+    except UnicodeDecodeError:
+        fail(f"{path!r} is not UTF-8 text")
+    if not tokens:
+        fail(f"{path!r} is empty")
+    return np.array(tokens, dtype=np.uint16)
+
+
+# -----------------------------------------------------------------------------
 # The run
 
 
@@ -227,6 +247,12 @@ def pick_device():
     return torch.device("cpu")
 
 
+def fail(message):
+    """End the program for bad input: one line on standard error, status 2."""
+    print(f"train_gpt2.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main():
     device = pick_device()
     print(f"device: {device}")
@@ -234,6 +260,14 @@ def main():
     model = GPT(GPTConfig()).to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     enc = gpt2_encoding()
+    tokens = load_tokens("input.txt", enc)
+    print(f"tokens: {len(tokens):,}")
+    B, T = 4, 32
+    buf = torch.from_numpy(tokens[: B * T + 1].astype(np.int64))  # int64 is what an embedding is indexed with
+    x = buf[:-1].view(B, T).to(device)  # (B, T)
+    y = buf[1:].view(B, T).to(device)  # (B, T): at every position, the token that comes next
+    print(f"x[0]: {enc.decode(x[0].tolist())!r}")
+    print(f"y[0]: {enc.decode(y[0].tolist())!r}")
     for text in sample(model, enc, "Hello, I'm a language model,"):
         print(">", text)
 
