@@ -123,10 +123,11 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, idx):
+    def forward(self, idx, targets=None):
         """Score every possible next token at every position.
 
-        idx: token ids, (B, T), int64. Returns (logits, loss): logits (B, T, vocab_size), and a loss that is None.
+        idx: token ids, (B, T), int64; targets: the ids that do come next, (B, T), int64.
+        Returns (logits, loss): logits (B, T, vocab_size); loss, in nats a token, is None without targets.
         Raises ValueError where T is over block_size.
         """
         B, T = idx.shape
@@ -137,7 +138,11 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
-        return logits, None
+        if targets is None:
+            return logits, None
+        # cross_entropy wants a row of scores for each prediction, and one target for each row
+        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))  # the mean of B * T predictions
+        return logits, loss
 
     @classmethod
     def from_pretrained(cls, name):
@@ -266,8 +271,8 @@ def main():
     buf = torch.from_numpy(tokens[: B * T + 1].astype(np.int64))  # int64 is what an embedding is indexed with
     x = buf[:-1].view(B, T).to(device)  # (B, T)
     y = buf[1:].view(B, T).to(device)  # (B, T): at every position, the token that comes next
-    print(f"x[0]: {enc.decode(x[0].tolist())!r}")
-    print(f"y[0]: {enc.decode(y[0].tolist())!r}")
+    _, loss = model(x, y)
+    print(f"loss: {loss.item():.6f}, and ln({model.config.vocab_size}) = {math.log(model.config.vocab_size):.6f}")
     for text in sample(model, enc, "Hello, I'm a language model,"):
         print(">", text)
 

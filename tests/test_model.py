@@ -1,4 +1,5 @@
 """The model: its shape, and what a forward pass may and may not do."""
+import math
 
 import pytest
 import torch
@@ -90,3 +91,20 @@ def test_names_and_shapes_are_those_of_hugging_face(name, parameters):
     assert sum(shape.numel() for shape in ours.values()) == parameters
     assert ours.keys() == theirs.keys()
     assert all(sorted(ours[name]) == sorted(theirs[name]) for name in ours)  # some are stored transposed
+
+
+def test_the_first_loss_is_that_of_a_guess():
+    torch.manual_seed(0)
+    idx = torch.randint(50257, (4, 33))
+    for model in (GPT(TINY), GPT(GPTConfig(block_size=32, n_layer=1))):  # narrow; as wide as GPT-2
+        _, loss = model(idx[:, :16], idx[:, 1:17])
+        assert abs(loss.item() - math.log(50257)) < 0.3
+
+
+def test_the_loss_is_the_mean_of_minus_log_probability():
+    torch.manual_seed(0)
+    model, idx = GPT(TINY), torch.randint(50257, (2, 6))
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    probabilities = logits.double().softmax(dim=-1)
+    by_hand = [-math.log(probabilities[b, t, idx[b, t + 1]].item()) for b in range(2) for t in range(5)]
+    assert math.isclose(loss.item(), sum(by_hand) / 10, rel_tol=1e-5)
