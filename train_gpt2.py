@@ -37,6 +37,7 @@ OPENAI_SIZES = {  # the four that were released; in all of them a head is 64 wid
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
+SIZES = {**OPENAI_SIZES, "laptop": dict(n_layer=4, n_head=4, n_embd=128)}  # and one that two cores can train
 
 
 class CausalSelfAttention(nn.Module):
@@ -240,6 +241,23 @@ def load_tokens(path, enc):
 
 
 # -----------------------------------------------------------------------------
+# The run's settings
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    data: str = "input.txt"  # the text to train on, UTF-8
+    model: str = "gpt2"  # its shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
+    batch_size: int = 4  # B, sequences
+    seq_len: int = 32  # T, tokens in a sequence
+    max_steps: int = 50  # updates of the weights
+    max_lr: float = 3e-4  # AdamW's learning rate
+    seed: int = 1337  # of the weights at the start
+
+
+# -----------------------------------------------------------------------------
 # The run
 
 
@@ -258,24 +276,33 @@ def fail(message):
     sys.exit(2)
 
 
-def main():
+def main(cfg):
+    """Train as cfg, a TrainConfig, says; return the trained model."""
     device = pick_device()
     print(f"device: {device}")
-    torch.manual_seed(1337)  # the same weights, and the same babble, every time
-    model = GPT(GPTConfig()).to(device)
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(**SIZES[cfg.model])).to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     enc = gpt2_encoding()
-    tokens = load_tokens("input.txt", enc)
+    tokens = load_tokens(cfg.data, enc)
     print(f"tokens: {len(tokens):,}")
-    B, T = 4, 32
+    B, T = cfg.batch_size, cfg.seq_len
     buf = torch.from_numpy(tokens[: B * T + 1].astype(np.int64))  # int64 is what an embedding is indexed with
     x = buf[:-1].view(B, T).to(device)  # (B, T)
     y = buf[1:].view(B, T).to(device)  # (B, T): at every position, the token that comes next
-    _, loss = model(x, y)
-    print(f"loss: {loss.item():.6f}, and ln({model.config.vocab_size}) = {math.log(model.config.vocab_size):.6f}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
+
+    for step in range(cfg.max_steps):
+        optimizer.zero_grad()  # backward adds to what is there
+        _, loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        print(f"step {step:5d} | loss: {loss.item():.6f}")
+
     for text in sample(model, enc, "Hello, I'm a language model,"):
         print(">", text)
+    return model
 
 
 if __name__ == "__main__":
-    main()
+    main(TrainConfig())

@@ -1,0 +1,28 @@
+"""Training runs, with a model that is small enough for a test."""
+import os
+import re
+
+
+from train_gpt2 import TrainConfig, main
+
+INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
+
+
+def train(capsys, **settings):
+    """Train the laptop's model as settings say; return (the model, the losses printed, all that was printed)."""
+    cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, max_steps=20, max_lr=3e-3)
+    model = main(TrainConfig(**(cfg | settings)))
+    out = capsys.readouterr().out
+    return model, [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)], out
+
+
+def test_one_batch_is_learnt_by_heart(capsys, tmp_path):
+    with open(INPUT) as f:
+        (tmp_path / "short.txt").write_text(f.read(600))  # more than one batch of 128 tokens, less than two
+    _, losses, _ = train(capsys, data=str(tmp_path / "short.txt"), max_steps=80, max_lr=2e-3)
+    assert abs(losses[0] - 10.9) < 0.3 and losses[-1] < 1
+    assert len(losses) == 80
+
+
+def test_a_run_repeats(capsys):
+    assert train(capsys, max_steps=3)[1] == train(capsys, max_steps=3)[1] != train(capsys, max_steps=3, seed=1)[1]
