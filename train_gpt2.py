@@ -240,6 +240,29 @@ def load_tokens(path, enc):
     return np.array(tokens, dtype=np.uint16)
 
 
+class DataLoaderLite:
+    """Walk through the tokens, (N,) uint16, B * T at a time, and begin again where no whole batch is left.
+
+    position, in tokens, is where the next batch starts.
+    """
+
+    def __init__(self, tokens, B, T):
+        self.tokens, self.B, self.T = tokens, B, T
+        self.position = 0
+        self.epoch_tokens = (len(tokens) - 1) // (B * T) * (B * T)  # -1: the last token has no successor
+        if not self.epoch_tokens:
+            fail(f"the text has {len(tokens)} tokens, and one batch of {B} x {T} needs {B * T + 1}")
+
+    def next_batch(self):
+        """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
+        buf = self.tokens[self.position : self.position + self.B * self.T + 1]
+        buf = torch.from_numpy(buf.astype(np.int64))  # (B * T + 1,)
+        self.position += self.B * self.T
+        if self.position >= self.epoch_tokens:
+            self.position = 0
+        return buf[:-1].view(self.B, self.T), buf[1:].view(self.B, self.T)
+
+
 # -----------------------------------------------------------------------------
 # The run's settings
 
@@ -286,15 +309,14 @@ def main(cfg):
     enc = gpt2_encoding()
     tokens = load_tokens(cfg.data, enc)
     print(f"tokens: {len(tokens):,}")
-    B, T = cfg.batch_size, cfg.seq_len
-    buf = torch.from_numpy(tokens[: B * T + 1].astype(np.int64))  # int64 is what an embedding is indexed with
-    x = buf[:-1].view(B, T).to(device)  # (B, T)
-    y = buf[1:].view(B, T).to(device)  # (B, T): at every position, the token that comes next
+    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len)
+    print(f"1 epoch = {loader.epoch_tokens // (cfg.batch_size * cfg.seq_len):,} batches")
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
 
     for step in range(cfg.max_steps):
+        x, y = loader.next_batch()
         optimizer.zero_grad()  # backward adds to what is there
-        _, loss = model(x, y)
+        _, loss = model(x.to(device), y.to(device))
         loss.backward()
         optimizer.step()
         print(f"step {step:5d} | loss: {loss.item():.6f}")

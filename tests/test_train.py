@@ -26,3 +26,10 @@ def test_one_batch_is_learnt_by_heart(capsys, tmp_path):
 
 def test_a_run_repeats(capsys):
     assert train(capsys, max_steps=3)[1] == train(capsys, max_steps=3)[1] != train(capsys, max_steps=3, seed=1)[1]
+
+
+def test_other_batches_have_other_losses_and_fall_too(capsys):
+    _, losses, _ = train(capsys, max_steps=40)
+    assert sum(losses[-5:]) / 5 < losses[0] - 2.5
+    _, repeated, _ = train(capsys, max_steps=2, max_lr=1e-30)
+    assert repeated[0] != repeated[1]  # nothing was learnt: the batch is another one
