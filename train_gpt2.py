@@ -123,6 +123,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one matrix for both jobs
 
     def forward(self, idx, targets=None):
         """Score every possible next token at every position.
