@@ -124,6 +124,14 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # one matrix for both jobs
+        # GPT-2's initialisation (section 2.3 of the paper, and model.py of OpenAI's code). LayerNorms stay at 1 and 0.
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 n_layer of these add to the residual stream: keep the sum's size
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, idx, targets=None):
         """Score every possible next token at every position.

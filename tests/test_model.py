@@ -114,3 +114,14 @@ def test_one_matrix_goes_in_and_out():
     assert model.lm_head.weight is model.transformer.wte.weight
     model(torch.tensor([[1, 2]]))[0].sum().backward()
     assert model.transformer.wte.weight.grad[40_000].abs().sum() > 0  # a token that wasn't read is still scored
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    for name, p in GPT(GPTConfig(block_size=256, vocab_size=1000, n_layer=8, n_head=2, n_embd=128)).named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert abs(p.std().item() / (0.02 / 4) - 1) < 0.03  # sqrt(2 * 8 layers) = 4
+        elif p.dim() == 2:
+            assert abs(p.std().item() / 0.02 - 1) < 0.03
+        else:
+            assert (p == (1 if name.endswith("weight") else 0)).all()

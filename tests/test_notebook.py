@@ -17,6 +17,9 @@ def test_play(monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
     print(text)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     assert "every token the same: True" in text
     assert text.count("> Hello, I'm a language model,") == 4
+    growth = dict(line.split(": ") for line in text.splitlines() if line.startswith("after 12 blocks, "))
+    scaled, unscaled = (float(growth[f"after 12 blocks, {way}"]) for way in ("scaled", "not scaled"))
+    assert unscaled > 2 * scaled
