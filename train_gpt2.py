@@ -5,7 +5,8 @@
 import math
 import os
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from importlib.resources import files
 
 import numpy as np
@@ -278,15 +279,25 @@ class DataLoaderLite:
 
 @dataclass
 class TrainConfig:
-    """One training run."""
+    """One training run. Whatever is None is filled from the row of defaults below that suits the machine."""
 
     data: str = "input.txt"  # the text to train on, UTF-8
     model: str = "gpt2"  # its shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
-    batch_size: int = 4  # B, sequences
-    seq_len: int = 32  # T, tokens in a sequence
-    max_steps: int = 50  # updates of the weights
+    batch_size: int = None  # B, sequences
+    seq_len: int = None  # T, tokens in a sequence
+    max_steps: int = None  # updates of the weights
     max_lr: float = 3e-4  # AdamW's learning rate
     seed: int = 1337  # of the weights at the start
+
+
+LAPTOP = dict(batch_size=4, seq_len=256, max_steps=10)
+LECTURE = dict(batch_size=16, seq_len=1024, max_steps=50)
+
+
+def fill_defaults(cfg, device):
+    """Return cfg with the fields that are None filled: the lecture's row on a CUDA GPU, else the laptop's."""
+    row = LECTURE if device.type == "cuda" else LAPTOP
+    return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
 
 # -----------------------------------------------------------------------------
@@ -311,6 +322,7 @@ def fail(message):
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model."""
     device = pick_device()
+    cfg = fill_defaults(cfg, device)
     print(f"device: {device}")
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(**SIZES[cfg.model])).to(device)
@@ -323,12 +335,16 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
 
     for step in range(cfg.max_steps):
+        t0 = time.perf_counter()
         x, y = loader.next_batch()
         optimizer.zero_grad()  # backward adds to what is there
         _, loss = model(x.to(device), y.to(device))
         loss.backward()
         optimizer.step()
-        print(f"step {step:5d} | loss: {loss.item():.6f}")
+        torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done
+        dt = time.perf_counter() - t0  # seconds
+        tok_per_sec = cfg.batch_size * cfg.seq_len / dt
+        print(f"step {step:5d} | loss: {loss.item():.6f} | dt: {1000 * dt:.2f}ms | tok/sec: {tok_per_sec:.2f}")
 
     for text in sample(model, enc, "Hello, I'm a language model,"):
         print(">", text)

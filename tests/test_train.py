@@ -33,3 +33,11 @@ def test_other_batches_have_other_losses_and_fall_too(capsys):
     assert sum(losses[-5:]) / 5 < losses[0] - 2.5
     _, repeated, _ = train(capsys, max_steps=2, max_lr=1e-30)
     assert repeated[0] != repeated[1]  # nothing was learnt: the batch is another one
+
+
+def test_the_step_is_timed(capsys):
+    _, _, out = train(capsys, max_steps=2)
+    times = re.findall(r"dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d)$", out, re.M)
+    assert len(times) == 2
+    for dt, tok_per_sec in times:
+        assert abs(float(tok_per_sec) * float(dt) / 1000 / 128 - 1) < 0.01
