@@ -323,7 +323,8 @@ def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model."""
     device = pick_device()
     cfg = fill_defaults(cfg, device)
-    print(f"device: {device}")
+    torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
+    print(f"device: {device}, float32 products: {torch.get_float32_matmul_precision()}")
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(**SIZES[cfg.model])).to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")

@@ -1,9 +1,12 @@
 """Where the program runs."""
+import os
 
 import pytest
 import torch
 
 import train_gpt2
+
+INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 
 
 @pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
@@ -11,3 +14,11 @@ def test_the_best_device_is_picked(monkeypatch, cuda, mps, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert train_gpt2.pick_device().type == best
+
+
+def test_tf32_is_switched_on(capsys):
+    torch.set_float32_matmul_precision("highest")
+    cfg = dict(data=INPUT, model="laptop", batch_size=1, seq_len=8, max_steps=1)
+    train_gpt2.main(train_gpt2.TrainConfig(**cfg))
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
