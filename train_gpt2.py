@@ -287,6 +287,7 @@ class TrainConfig:
     seq_len: int = None  # T, tokens in a sequence
     max_steps: int = None  # updates of the weights
     max_lr: float = 3e-4  # AdamW's learning rate
+    dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     seed: int = 1337  # of the weights at the start
 
 
@@ -295,8 +296,12 @@ LECTURE = dict(batch_size=16, seq_len=1024, max_steps=50)
 
 
 def fill_defaults(cfg, device):
-    """Return cfg with the fields that are None filled: the lecture's row on a CUDA GPU, else the laptop's."""
+    """Return cfg with the fields that are None filled: the lecture's row on a CUDA GPU, else the laptop's.
+
+    How to compute, dtype and what follows it, is decided by what the device can do.
+    """
     row = LECTURE if device.type == "cuda" else LAPTOP
+    row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32")
     return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
 
@@ -319,12 +324,22 @@ def fail(message):
     sys.exit(2)
 
 
+def has_bfloat16(device):
+    """Tell whether device multiplies bfloat16 matrices itself; where it has to emulate them, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model."""
     device = pick_device()
     cfg = fill_defaults(cfg, device)
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
-    print(f"device: {device}, float32 products: {torch.get_float32_matmul_precision()}")
+    print(f"device: {device}, float32 products: {torch.get_float32_matmul_precision()}, autocast: {cfg.dtype}")
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(**SIZES[cfg.model])).to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
@@ -339,7 +354,8 @@ def main(cfg):
         t0 = time.perf_counter()
         x, y = loader.next_batch()
         optimizer.zero_grad()  # backward adds to what is there
-        _, loss = model(x.to(device), y.to(device))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            _, loss = model(x.to(device), y.to(device))
         loss.backward()
         optimizer.step()
         torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done

@@ -22,3 +22,15 @@ def test_tf32_is_switched_on(capsys):
     train_gpt2.main(train_gpt2.TrainConfig(**cfg))
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("features, answer", [({"avx512_bf16": True}, True), ({"avx512_f": True}, False),
+                                              ({"amx_bf16": True}, True), ({"bf16": True}, True),
+                                              ({"avx512_bf16": False}, False)])
+def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert train_gpt2.has_bfloat16(torch.device("cpu")) is answer
+    dtype = train_gpt2.fill_defaults(train_gpt2.TrainConfig(), torch.device("cpu")).dtype
+    assert dtype == ("bfloat16" if answer else "float32")
+    by_hand = train_gpt2.fill_defaults(train_gpt2.TrainConfig(dtype="float32"), torch.device("cpu"))
+    assert by_hand.dtype == "float32"

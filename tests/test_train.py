@@ -2,6 +2,7 @@
 import os
 import re
 
+import torch
 
 from train_gpt2 import TrainConfig, main
 
@@ -10,7 +11,7 @@ INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 
 def train(capsys, **settings):
     """Train the laptop's model as settings say; return (the model, the losses printed, all that was printed)."""
-    cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, max_steps=20, max_lr=3e-3)
+    cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, max_steps=20, max_lr=3e-3, dtype="float32")
     model = main(TrainConfig(**(cfg | settings)))
     out = capsys.readouterr().out
     return model, [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)], out
@@ -41,3 +42,10 @@ def test_the_step_is_timed(capsys):
     assert len(times) == 2
     for dt, tok_per_sec in times:
         assert abs(float(tok_per_sec) * float(dt) / 1000 / 128 - 1) < 0.01
+
+
+def test_bfloat16_trains_like_float32(capsys):
+    _, exact, _ = train(capsys, max_steps=5)
+    model, rounded, _ = train(capsys, max_steps=5, dtype="bfloat16")
+    assert exact != rounded and max(abs(a - b) for a, b in zip(exact, rounded)) < 0.05
+    assert all(p.dtype == torch.float32 for p in model.parameters())  # only products are rounded
