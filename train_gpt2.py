@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 
 import numpy as np
 import tiktoken
@@ -288,6 +289,7 @@ class TrainConfig:
     max_steps: int = None  # updates of the weights
     max_lr: float = 3e-4  # AdamW's learning rate
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
+    compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
     seed: int = 1337  # of the weights at the start
 
 
@@ -301,7 +303,9 @@ def fill_defaults(cfg, device):
     How to compute, dtype and what follows it, is decided by what the device can do.
     """
     row = LECTURE if device.type == "cuda" else LAPTOP
-    row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32")
+    # compiling for a GPU takes Triton, which PyTorch lacks on Windows and which wants a V100 or later
+    triton = device.type == "cuda" and find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
+    row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32", compile=bool(triton))
     return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
 
@@ -339,10 +343,15 @@ def main(cfg):
     device = pick_device()
     cfg = fill_defaults(cfg, device)
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
-    print(f"device: {device}, float32 products: {torch.get_float32_matmul_precision()}, autocast: {cfg.dtype}")
+    print(f"device: {device}, float32 products: {torch.get_float32_matmul_precision()}, autocast: {cfg.dtype}, "
+          f"compile: {cfg.compile}")
+    if device.type == "cpu":  # so a run repeats bit for bit, compiled too; filling fresh memory would only take time
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(**SIZES[cfg.model])).to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
     enc = gpt2_encoding()
     tokens = load_tokens(cfg.data, enc)
     print(f"tokens: {len(tokens):,}")
@@ -355,7 +364,7 @@ def main(cfg):
         x, y = loader.next_batch()
         optimizer.zero_grad()  # backward adds to what is there
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            _, loss = model(x.to(device), y.to(device))
+            _, loss = train_model(x.to(device), y.to(device))
         loss.backward()
         optimizer.step()
         torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done

@@ -34,3 +34,12 @@ def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
     assert dtype == ("bfloat16" if answer else "float32")
     by_hand = train_gpt2.fill_defaults(train_gpt2.TrainConfig(dtype="float32"), torch.device("cpu"))
     assert by_hand.dtype == "float32"
+
+
+@pytest.mark.parametrize("triton, capability, answer", [(True, (8, 0), True), (None, (8, 0), False), (True, (6, 1), False)])
+def test_compile_is_the_default_only_where_it_can_work(monkeypatch, triton, capability, answer):
+    monkeypatch.setattr(train_gpt2, "find_spec", lambda name: triton)
+    monkeypatch.setattr(train_gpt2, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train_gpt2.fill_defaults(train_gpt2.TrainConfig(), torch.device("cuda")).compile is answer
+    assert train_gpt2.fill_defaults(train_gpt2.TrainConfig(), torch.device("cpu")).compile is False

@@ -49,3 +49,13 @@ def test_bfloat16_trains_like_float32(capsys):
     model, rounded, _ = train(capsys, max_steps=5, dtype="bfloat16")
     assert exact != rounded and max(abs(a - b) for a, b in zip(exact, rounded)) < 0.05
     assert all(p.dtype == torch.float32 for p in model.parameters())  # only products are rounded
+
+
+def test_compiled_losses_equal_eager_ones_and_repeat(capsys):
+    model, eager, _ = train(capsys)
+    compiled_model, compiled, _ = train(capsys, compile=True)
+    assert max(abs(a - b) for a, b in zip(eager, compiled)) < 1e-3
+    assert list(compiled_model.state_dict()) == list(model.state_dict())  # no _orig_mod. in front
+    again, losses, _ = train(capsys, compile=True)
+    assert losses == compiled
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), compiled_model.parameters()))
