@@ -2,7 +2,6 @@
 
     python train_gpt2.py
 """
-import math
 import os
 import sys
 import time
@@ -56,9 +55,6 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of every head
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        # True where row i may look at column j: at itself and to its left. It is no weight, so it isn't saved.
-        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
-        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
         B, T, C = x.shape
@@ -67,11 +63,8 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        # dividing by sqrt(hs) keeps the scores' variance near 1, where softmax still has a slope
-        att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, T)
-        att = att.masked_fill(~self.mask[:T, :T], float("-inf"))  # exp(-inf) = 0: the future has no weight
-        att = F.softmax(att, dim=-1)  # each row sums to 1
-        y = att @ v  # (B, nh, T, hs)
+        # softmax(q k^T / sqrt(hs)) v with the future masked, in tiles: the (T, T) scores never reach memory
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 

@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from train_gpt2 import GPT, MLP, OPENAI_SIZES, Block, GPTConfig
+from train_gpt2 import GPT, MLP, OPENAI_SIZES, Block, CausalSelfAttention, GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)
 
@@ -125,3 +126,14 @@ def test_initialisation():
             assert abs(p.std().item() / 0.02 - 1) < 0.03
         else:
             assert (p == (1 if name.endswith("weight") else 0)).all()
+
+
+def test_flash_attention_is_attention():
+    torch.manual_seed(0)
+    layer, x = CausalSelfAttention(TINY), torch.randn(2, 16, 32)
+    q, k, v = (z.view(2, 16, 2, 16).transpose(1, 2) for z in layer.c_attn(x).split(32, dim=2))  # (B, nh, T, hs)
+    scores = q @ k.transpose(-2, -1) / 16 ** 0.5
+    future = torch.ones(16, 16, dtype=torch.bool).triu(1)
+    y = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1) @ v
+    y = layer.c_proj(y.transpose(1, 2).reshape(2, 16, 32))
+    assert torch.allclose(layer(x), y, atol=1e-6)
