@@ -220,7 +220,8 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
     idx = torch.tensor([enc.encode(prompt)] * num_samples, device=device)  # (num_samples, T)
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.config.block_size :])  # what is too far back drops out
-        logits, ids = logits[:, -1].topk(top_k)  # (num_samples, top_k): only the last position predicts something new
+        logits = logits[:, -1, : enc.n_vocab]  # (num_samples, 50257): the last position, without the padding
+        logits, ids = logits.topk(top_k)  # (num_samples, top_k)
         drawn = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)  # (num_samples, 1)
         idx = torch.cat((idx, ids.gather(1, drawn)), dim=1)  # (num_samples, T + 1)
     return [enc.decode(row) for row in idx.tolist()]
@@ -342,7 +343,8 @@ def main(cfg):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig(**SIZES[cfg.model])).to(device)
+    # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
+    model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model])).to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
     enc = gpt2_encoding()

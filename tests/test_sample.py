@@ -35,8 +35,9 @@ class Rigged(torch.nn.Module):
 
     def forward(self, idx):
         self.longest = max(self.longest, idx.shape[1])
-        gap = (torch.arange(50257) - idx[:, :, None] - 1) % 50257  # (B, T, vocab_size)
+        gap = (torch.arange(50304) - idx[:, :, None] - 1) % 50257  # (B, T, 50304)
         logits = -gap.float() * 0.1
+        logits[:, :, 50257:] = 1000.0  # the padding screams
         return logits, None
 
 
@@ -63,3 +64,8 @@ def test_samples_repeat_and_leave_the_random_numbers_alone(enc):
     assert len(set(texts)) == 3 and all(text.startswith("Hello") for text in texts)
     assert sample(model, enc, "Hello", num_samples=3, max_new_tokens=8) == texts
     assert sample(model, enc, "Hello", num_samples=3, max_new_tokens=8, seed=43) != texts
+
+
+def test_the_padding_is_never_sampled(enc):
+    texts = sample(Rigged(), enc, " a", num_samples=50, max_new_tokens=10)  # an id over 50256 can't be decoded
+    assert len(texts) == 50

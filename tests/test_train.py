@@ -59,3 +59,9 @@ def test_compiled_losses_equal_eager_ones_and_repeat(capsys):
     again, losses, _ = train(capsys, compile=True)
     assert losses == compiled
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), compiled_model.parameters()))
+
+
+def test_the_vocabulary_is_padded_and_the_first_loss_stays(capsys):
+    model, losses, _ = train(capsys, max_steps=1)
+    assert model.lm_head.weight.shape == (50304, 128) and 50304 % 128 == 0
+    assert abs(losses[0] - 10.83) < 0.3  # ln(50304)
