@@ -282,6 +282,7 @@ class TrainConfig:
     seq_len: int = None  # T, tokens in a sequence
     max_steps: int = None  # updates of the weights
     max_lr: float = 3e-4  # AdamW's learning rate
+    grad_clip: float = 1.0  # the gradient's largest norm; a longer one is shortened to it
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
     seed: int = 1337  # of the weights at the start
@@ -352,7 +353,7 @@ def main(cfg):
     print(f"tokens: {len(tokens):,}")
     loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len)
     print(f"1 epoch = {loader.epoch_tokens // (cfg.batch_size * cfg.seq_len):,} batches")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8)
 
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()
@@ -361,11 +362,13 @@ def main(cfg):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             _, loss = train_model(x.to(device), y.to(device))
         loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)  # returns the norm before the cut
         optimizer.step()
         torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done
         dt = time.perf_counter() - t0  # seconds
         tok_per_sec = cfg.batch_size * cfg.seq_len / dt
-        print(f"step {step:5d} | loss: {loss.item():.6f} | dt: {1000 * dt:.2f}ms | tok/sec: {tok_per_sec:.2f}")
+        print(f"step {step:5d} | loss: {loss.item():.6f} | norm: {norm:.4f} | "
+              f"dt: {1000 * dt:.2f}ms | tok/sec: {tok_per_sec:.2f}")
 
     for text in sample(model, enc, "Hello, I'm a language model,"):
         print(">", text)

@@ -65,3 +65,14 @@ def test_the_vocabulary_is_padded_and_the_first_loss_stays(capsys):
     model, losses, _ = train(capsys, max_steps=1)
     assert model.lm_head.weight.shape == (50304, 128) and 50304 % 128 == 0
     assert abs(losses[0] - 10.83) < 0.3  # ln(50304)
+
+
+def test_the_gradient_is_clipped(capsys):
+    _, unclipped, out = train(capsys, grad_clip=1e9)
+    norms = [float(norm) for norm in re.findall(r"\| norm: (\d+\.\d{4}) \|", out)]
+    assert len(norms) == 20 and max(norms) > 1
+    assert train(capsys, grad_clip=1.0)[1] != unclipped
+    model, _, _ = train(capsys, grad_clip=1e-12, max_steps=1)
+    start = train(capsys, max_lr=1e-30, max_steps=1)[0]
+    moved = max((a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters()))
+    assert moved < 1e-4  # a thirtieth of the rate: Adam undoes any scale but eps: a gradient far below 1e-8 moves nothing
