@@ -2,6 +2,7 @@
 
     python train_gpt2.py
 """
+import math
 import os
 import sys
 import time
@@ -281,14 +282,15 @@ class TrainConfig:
     batch_size: int = None  # B, sequences
     seq_len: int = None  # T, tokens in a sequence
     max_steps: int = None  # updates of the weights
-    max_lr: float = 3e-4  # AdamW's learning rate
+    warmup_steps: int = 10  # updates over which the learning rate rises to max_lr
+    max_lr: float = 6e-4  # the learning rate's peak; it falls to a tenth of it
     grad_clip: float = 1.0  # the gradient's largest norm; a longer one is shortened to it
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
     seed: int = 1337  # of the weights at the start
 
 
-LAPTOP = dict(batch_size=4, seq_len=256, max_steps=10)
+LAPTOP = dict(batch_size=4, seq_len=64, max_steps=40)
 LECTURE = dict(batch_size=16, seq_len=1024, max_steps=50)
 
 
@@ -333,6 +335,19 @@ def has_bfloat16(device):
     return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
 
 
+def get_lr(step, cfg):
+    """Return the learning rate of update `step`, 0 .. max_steps - 1: linear warm-up, then half a cosine.
+
+    It rises to max_lr at the last step of the warm-up and falls to max_lr / 10 at the last step of all (GPT-3's
+    paper, appendix B).
+    """
+    min_lr, warmup_steps = 0.1 * cfg.max_lr, max(cfg.warmup_steps, 1)
+    if step < warmup_steps:
+        return cfg.max_lr * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste the first step
+    progress = (step + 1 - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - min_lr)
+
+
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model."""
     device = pick_device()
@@ -357,6 +372,9 @@ def main(cfg):
 
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()
+        lr = get_lr(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         x, y = loader.next_batch()
         optimizer.zero_grad()  # backward adds to what is there
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -367,7 +385,7 @@ def main(cfg):
         torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done
         dt = time.perf_counter() - t0  # seconds
         tok_per_sec = cfg.batch_size * cfg.seq_len / dt
-        print(f"step {step:5d} | loss: {loss.item():.6f} | norm: {norm:.4f} | "
+        print(f"step {step:5d} | loss: {loss.item():.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
               f"dt: {1000 * dt:.2f}ms | tok/sec: {tok_per_sec:.2f}")
 
     for text in sample(model, enc, "Hello, I'm a language model,"):

@@ -1,10 +1,12 @@
 """Training runs, with a model that is small enough for a test."""
+import math
 import os
 import re
 
+import pytest
 import torch
 
-from train_gpt2 import TrainConfig, main
+from train_gpt2 import TrainConfig, get_lr, main
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 
@@ -76,3 +78,25 @@ def test_the_gradient_is_clipped(capsys):
     start = train(capsys, max_lr=1e-30, max_steps=1)[0]
     moved = max((a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters()))
     assert moved < 1e-4  # a thirtieth of the rate: Adam undoes any scale but eps: a gradient far below 1e-8 moves nothing
+
+
+def test_learning_rate():
+    cfg = TrainConfig(max_lr=6e-4, warmup_steps=10, max_steps=50)
+    rates = [get_lr(step, cfg) for step in range(50)]
+    assert math.isclose(rates[0], 6e-5)
+    assert rates[9] == 6e-4 and rates.count(6e-4) == 1  # the peak, once
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[9:], rates[10:]))
+    assert math.isclose(rates[29], (6e-4 + 6e-5) / 2)  # halfway down after half of the 40 steps
+    assert math.isclose(rates[-1], 6e-5)
+    assert [get_lr(step, TrainConfig(max_lr=1.0, warmup_steps=0, max_steps=2)) for step in range(2)] == [1.0, 0.1]
+
+
+def test_the_optimizer_gets_the_scheduled_rate(capsys):
+    _, _, out = train(capsys, max_steps=12, max_lr=1e-3)
+    printed = [float(lr) for lr in re.findall(r"\| lr (\S+) \|", out)]
+    cfg = TrainConfig(max_lr=1e-3, max_steps=12)
+    assert printed == pytest.approx([get_lr(step, cfg) for step in range(12)], rel=1e-3)
+    start = train(capsys, max_lr=1e-30, max_steps=1)[0]
+    one = train(capsys, max_lr=1e-3, max_steps=1)[0]  # Adam's first step moves by the rate: a tenth of the peak
+    moved = max((a - b).abs().max().item() for a, b in zip(one.parameters(), start.parameters()))
+    assert moved == pytest.approx(1e-4, rel=0.02)
