@@ -284,6 +284,7 @@ class TrainConfig:
     max_steps: int = None  # updates of the weights
     warmup_steps: int = 10  # updates over which the learning rate rises to max_lr
     max_lr: float = 6e-4  # the learning rate's peak; it falls to a tenth of it
+    weight_decay: float = 0.1  # AdamW's, on the matrices alone
     grad_clip: float = 1.0  # the gradient's largest norm; a longer one is shortened to it
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
@@ -348,6 +349,19 @@ def get_lr(step, cfg):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - min_lr)
 
 
+def configure_optimizer(model, weight_decay, lr):
+    """Return AdamW for model; only what has two dimensions is decayed: matrices that multiply, and embeddings.
+
+    Biases and LayerNorms are left alone, as is the custom: few numbers, and for a gain 0 is no place to rest.
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    print(f"weight decay {weight_decay} on {len(matrices)} tensors, {sum(p.numel() for p in matrices):,} parameters; "
+          f"none on {len(vectors)} tensors, {sum(p.numel() for p in vectors):,} parameters")
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model."""
     device = pick_device()
@@ -368,7 +382,7 @@ def main(cfg):
     print(f"tokens: {len(tokens):,}")
     loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len)
     print(f"1 epoch = {loader.epoch_tokens // (cfg.batch_size * cfg.seq_len):,} batches")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()

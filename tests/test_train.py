@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from train_gpt2 import TrainConfig, get_lr, main
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr, main
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 
@@ -74,7 +74,7 @@ def test_the_gradient_is_clipped(capsys):
     norms = [float(norm) for norm in re.findall(r"\| norm: (\d+\.\d{4}) \|", out)]
     assert len(norms) == 20 and max(norms) > 1
     assert train(capsys, grad_clip=1.0)[1] != unclipped
-    model, _, _ = train(capsys, grad_clip=1e-12, max_steps=1)
+    model, _, _ = train(capsys, grad_clip=1e-12, max_steps=1, weight_decay=0.0)
     start = train(capsys, max_lr=1e-30, max_steps=1)[0]
     moved = max((a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters()))
     assert moved < 1e-4  # a thirtieth of the rate: Adam undoes any scale but eps: a gradient far below 1e-8 moves nothing
@@ -100,3 +100,32 @@ def test_the_optimizer_gets_the_scheduled_rate(capsys):
     one = train(capsys, max_lr=1e-3, max_steps=1)[0]  # Adam's first step moves by the rate: a tenth of the peak
     moved = max((a - b).abs().max().item() for a, b in zip(one.parameters(), start.parameters()))
     assert moved == pytest.approx(1e-4, rel=0.02)
+
+
+def test_only_matrices_are_decayed(capsys):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50304))
+        decayed, rest = configure_optimizer(model, weight_decay=0.1, lr=1.0).param_groups
+    assert capsys.readouterr().out == ("weight decay 0.1 on 50 tensors, 124,354,560 parameters; "
+                                       "none on 98 tensors, 121,344 parameters\n")
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    assert decayed["fused"] and rest["fused"]
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+
+
+def test_fused_adamw_is_adamw():
+    torch.manual_seed(0)
+    models = [GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fused = configure_optimizer(models[0], weight_decay=0.1, lr=1e-2)
+    groups = [dict(params=[p for p in models[1].parameters() if (p.dim() >= 2) == decay], weight_decay=0.1 * decay)
+              for decay in (True, False)]
+    plain = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    idx = torch.randint(64, (4, 9))
+    for model, optimizer in zip(models, (fused, plain)):
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.allclose(a, b, atol=1e-9)
