@@ -247,26 +247,27 @@ def load_tokens(path, enc):
 
 
 class DataLoaderLite:
-    """Walk through the tokens, (N,) uint16, B * T at a time, and begin again where no whole batch is left.
+    """Walk through the tokens, (N,) uint16, B * T at a time.
 
-    position, in tokens, is where the next batch starts.
+    position, in tokens, is where the next micro-batch starts. An epoch ends with the last whole total batch, of
+    total_batch_size tokens; of a text too short for one, with the last T tokens. So it is the same for every B.
     """
 
-    def __init__(self, tokens, B, T):
+    def __init__(self, tokens, B, T, total_batch_size):
         self.tokens, self.B, self.T = tokens, B, T
         self.position = 0
-        self.epoch_tokens = (len(tokens) - 1) // (B * T) * (B * T)  # -1: the last token has no successor
-        if not self.epoch_tokens:
-            fail(f"the text has {len(tokens)} tokens, and one batch of {B} x {T} needs {B * T + 1}")
+        usable = len(tokens) - 1  # the last token has no successor
+        self.epoch_tokens = usable // total_batch_size * total_batch_size or usable // T * T
+        if usable < B * T:
+            fail(f"the text has {len(tokens)} tokens, and one micro-batch of {B} x {T} needs {B * T + 1}")
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
-        buf = self.tokens[self.position : self.position + self.B * self.T + 1]
-        buf = torch.from_numpy(buf.astype(np.int64))  # (B * T + 1,)
-        self.position += self.B * self.T
-        if self.position >= self.epoch_tokens:
-            self.position = 0
-        return buf[:-1].view(self.B, self.T), buf[1:].view(self.B, self.T)
+        starts = self.position + self.T * np.arange(self.B)  # (B,): where each row starts
+        rows = [self.tokens[start : start + self.T + 1] for start in starts % self.epoch_tokens]
+        buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        self.position = (self.position + self.B * self.T) % self.epoch_tokens
+        return buf[:, :-1], buf[:, 1:]
 
 
 # -----------------------------------------------------------------------------
@@ -279,8 +280,9 @@ class TrainConfig:
 
     data: str = "input.txt"  # the text to train on, UTF-8
     model: str = "gpt2"  # its shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
-    batch_size: int = None  # B, sequences
+    batch_size: int = None  # B, sequences in a micro-batch: lower it when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
+    total_batch_size: int = None  # tokens in an update, over all its micro-batches
     max_steps: int = None  # updates of the weights
     warmup_steps: int = 10  # updates over which the learning rate rises to max_lr
     max_lr: float = 6e-4  # the learning rate's peak; it falls to a tenth of it
@@ -291,8 +293,8 @@ class TrainConfig:
     seed: int = 1337  # of the weights at the start
 
 
-LAPTOP = dict(batch_size=4, seq_len=64, max_steps=40)
-LECTURE = dict(batch_size=16, seq_len=1024, max_steps=50)
+LAPTOP = dict(batch_size=4, seq_len=64, total_batch_size=512, max_steps=40)
+LECTURE = dict(batch_size=16, seq_len=1024, total_batch_size=524288, max_steps=50)  # 2**19, near GPT-3's 0.5M
 
 
 def fill_defaults(cfg, device):
@@ -362,6 +364,23 @@ def configure_optimizer(model, weight_decay, lr):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+def accumulate_gradients(model, loader, micro_steps, dtype):
+    """Add to .grad the gradient of the mean loss over micro_steps batches of loader; return that loss, (), detached.
+
+    dtype: bfloat16 for autocast, float32 for none.
+    """
+    device = next(model.parameters()).device
+    mean_loss = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        x, y = loader.next_batch()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = model(x.to(device), y.to(device))
+        loss = loss / micro_steps  # cross_entropy's mean is over one micro-batch; backward adds, so this makes a mean
+        mean_loss += loss.detach()
+        loss.backward()
+    return mean_loss
+
+
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model."""
     device = pick_device()
@@ -379,9 +398,10 @@ def main(cfg):
     train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
     enc = gpt2_encoding()
     tokens = load_tokens(cfg.data, enc)
-    print(f"tokens: {len(tokens):,}")
-    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len)
-    print(f"1 epoch = {loader.epoch_tokens // (cfg.batch_size * cfg.seq_len):,} batches")
+    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size)
+    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len)
+    print(f"1 update = {cfg.total_batch_size:,} tokens = {grad_accum_steps} micro-batches of "
+          f"{cfg.batch_size} x {cfg.seq_len}; 1 epoch = {loader.epoch_tokens:,} of {len(tokens):,} tokens")
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
     for step in range(cfg.max_steps):
@@ -389,18 +409,14 @@ def main(cfg):
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        x, y = loader.next_batch()
         optimizer.zero_grad()  # backward adds to what is there
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            _, loss = train_model(x.to(device), y.to(device))
-        loss.backward()
+        loss = accumulate_gradients(train_model, loader, grad_accum_steps, cfg.dtype)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)  # returns the norm before the cut
         optimizer.step()
         torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done
         dt = time.perf_counter() - t0  # seconds
-        tok_per_sec = cfg.batch_size * cfg.seq_len / dt
         print(f"step {step:5d} | loss: {loss.item():.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-              f"dt: {1000 * dt:.2f}ms | tok/sec: {tok_per_sec:.2f}")
+              f"dt: {1000 * dt:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}")
 
     for text in sample(model, enc, "Hello, I'm a language model,"):
         print(">", text)

@@ -37,7 +37,7 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, capsys, content, line
 
 def test_batches_tile_the_text_and_the_epoch_wraps():
     tokens = np.arange(100, dtype=np.uint16)
-    loader = DataLoaderLite(tokens, B=2, T=8)  # 99 predictions are 6 batches of 16, and 3 left over
+    loader = DataLoaderLite(tokens, B=2, T=8, total_batch_size=32)  # 99 predictions: 3 updates, and 3 left over
     batches = [loader.next_batch() for _ in range(6)]
     for x, y in batches:
         assert x.shape == y.shape == (2, 8) and x.dtype == y.dtype == torch.int64
@@ -47,13 +47,28 @@ def test_batches_tile_the_text_and_the_epoch_wraps():
 
 
 def test_an_epoch_uses_the_last_token():
-    loader = DataLoaderLite(np.arange(33, dtype=np.uint16), B=2, T=8)
+    loader = DataLoaderLite(np.arange(33, dtype=np.uint16), B=2, T=8, total_batch_size=32)
     ys = [loader.next_batch()[1] for _ in range(2)]
     assert ys[1][-1, -1] == 32 and loader.position == 0
 
 
+def test_an_epoch_ends_at_the_same_token_for_every_batch_size():
+    tokens = np.arange(120, dtype=np.uint16)  # 119 predictions are 3 updates of 32, and 23 left over: no use to B = 2
+    for B, per_epoch in ((1, 12), (2, 6), (4, 3)):
+        loader = DataLoaderLite(tokens, B, T=8, total_batch_size=32)
+        seen = [loader.next_batch()[0] for _ in range(per_epoch)]
+        assert torch.cat(seen).flatten().tolist() == list(range(96)) and loader.position == 0
+
+
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_a_text_shorter_than_an_update_is_read_again_within_it(B):
+    loader = DataLoaderLite(np.arange(60, dtype=np.uint16), B, T=8, total_batch_size=128)  # 7 rows, and 3 tokens left
+    starts = torch.cat([loader.next_batch()[0][:, 0] for _ in range(16 // B)]).tolist()
+    assert starts == [0, 8, 16, 24, 32, 40, 48] * 2 + [0, 8]
+
+
 def test_a_text_shorter_than_a_batch(capsys):
     with pytest.raises(SystemExit) as end:
-        DataLoaderLite(np.arange(16, dtype=np.uint16), B=2, T=8)
+        DataLoaderLite(np.arange(16, dtype=np.uint16), B=2, T=8, total_batch_size=32)
     assert end.value.code == 2
-    assert capsys.readouterr().err == "train_gpt2.py: the text has 16 tokens, and one batch of 2 x 8 needs 17\n"
+    assert capsys.readouterr().err == "train_gpt2.py: the text has 16 tokens, and one micro-batch of 2 x 8 needs 17\n"

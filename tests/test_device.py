@@ -18,7 +18,7 @@ def test_the_best_device_is_picked(monkeypatch, cuda, mps, best):
 
 def test_tf32_is_switched_on(capsys):
     torch.set_float32_matmul_precision("highest")
-    cfg = dict(data=INPUT, model="laptop", batch_size=1, seq_len=8, max_steps=1)
+    cfg = dict(data=INPUT, model="laptop", batch_size=1, seq_len=8, total_batch_size=8, max_steps=1)
     train_gpt2.main(train_gpt2.TrainConfig(**cfg))
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")

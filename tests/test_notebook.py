@@ -23,3 +23,4 @@ def test_play(monkeypatch):
     growth = dict(line.split(": ") for line in text.splitlines() if line.startswith("after 12 blocks, "))
     scaled, unscaled = (float(growth[f"after 12 blocks, {way}"]) for way in ("scaled", "not scaled"))
     assert unscaled > 2 * scaled
+    assert "four micro-batches, added: 3.0000" in text and "four micro-batches, divided: 0.0000" in text

@@ -6,14 +6,16 @@ import re
 import pytest
 import torch
 
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr, main
+from train_gpt2 import (GPT, DataLoaderLite, GPTConfig, TrainConfig, accumulate_gradients, configure_optimizer, get_lr,
+                        main)
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 
 
 def train(capsys, **settings):
     """Train the laptop's model as settings say; return (the model, the losses printed, all that was printed)."""
-    cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, max_steps=20, max_lr=3e-3, dtype="float32")
+    cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, total_batch_size=128, max_steps=20, max_lr=3e-3,
+               dtype="float32")
     model = main(TrainConfig(**(cfg | settings)))
     out = capsys.readouterr().out
     return model, [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)], out
@@ -129,3 +131,24 @@ def test_fused_adamw_is_adamw():
             optimizer.step()
     for a, b in zip(models[0].parameters(), models[1].parameters()):
         assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_four_micro_batches_give_the_gradient_of_one_large_batch():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32)).double()
+    tokens = torch.randint(50257, (500,)).numpy().astype("uint16")
+    results = []
+    for B in (8, 2):
+        model.zero_grad()
+        loss = accumulate_gradients(model, DataLoaderLite(tokens, B, 16, 128), micro_steps=8 // B, dtype="float32")
+        results.append([loss.double()] + [p.grad.clone() for p in model.parameters()])
+    for large, small in zip(*results):
+        assert (large - small).norm() / large.norm() < 1e-6
+
+
+def test_micro_batches_train_like_one_large_batch(capsys):
+    _, large, _ = train(capsys)
+    _, small, out = train(capsys, batch_size=1)
+    assert "1 update = 128 tokens = 4 micro-batches of 1 x 32" in out
+    assert max(abs(a - b) for a, b in zip(large, small)) < 1e-4
+
