@@ -1,12 +1,17 @@
 """GPT-2 (124M) from an empty file: the model, its data, its training.
 
-    python train_gpt2.py
+    python train_gpt2.py                                     # one process: a GPU where there is one, else the CPU
+
+`python train_gpt2.py --help` lists the flags.
 """
+import argparse
+import inspect
 import math
 import os
+import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from importlib.util import find_spec
 
@@ -276,10 +281,14 @@ class DataLoaderLite:
 
 @dataclass
 class TrainConfig:
-    """One training run. Whatever is None is filled from the row of defaults below that suits the machine."""
+    """One training run: each field is a flag, its comment the flag's help.
+
+    Whatever is None is filled from the row of defaults below that suits the machine.
+    """
 
     data: str = "input.txt"  # the text to train on, UTF-8
-    model: str = "gpt2"  # its shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
+    model: str = "gpt2"  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
+    init_from: str = "scratch"  # scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder in Hugging Face's format
     batch_size: int = None  # B, sequences in a micro-batch: lower it when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
     total_batch_size: int = None  # tokens in an update, over all its micro-batches
@@ -288,6 +297,7 @@ class TrainConfig:
     max_lr: float = 6e-4  # the learning rate's peak; it falls to a tenth of it
     weight_decay: float = 0.1  # AdamW's, on the matrices alone
     grad_clip: float = 1.0  # the gradient's largest norm; a longer one is shortened to it
+    device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
     seed: int = 1337  # of the weights at the start
@@ -309,17 +319,48 @@ def fill_defaults(cfg, device):
     return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
 
+def parse_flags(argv=None):
+    """Return the TrainConfig that the command line asks for; argv defaults to the program's arguments."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainConfig), re.M))
+    parser = argparse.ArgumentParser(description="Train GPT-2.", allow_abbrev=False)
+    parser.error = fail  # argparse's own prints a usage block first
+    for f in fields(TrainConfig):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
+        parser.add_argument(f"--{f.name}", default=f.default, help=comments[f.name], **kind)
+    return TrainConfig(**vars(parser.parse_args(argv)))
+
+
+def check(cfg):
+    """End the program where a setting of cfg, a filled one, can't work."""
+    for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip"):
+        if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
+            fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
+    for name in ("warmup_steps", "weight_decay", "seed"):
+        if not 0 <= getattr(cfg, name) < 2**63:
+            fail(f"--{name} {getattr(cfg, name)} is not 0 or a number above it")
+    for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
+        if getattr(cfg, name) not in choices:
+            fail(f"--{name} {getattr(cfg, name)} is none of {', '.join(choices)}")
+    micro = cfg.batch_size * cfg.seq_len
+    if cfg.total_batch_size % micro:
+        fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of batch_size x seq_len = "
+             f"{cfg.batch_size} x {cfg.seq_len} = {micro}; the next one is {-(-cfg.total_batch_size // micro) * micro}")
+
+
 # -----------------------------------------------------------------------------
 # The run
 
 
-def pick_device():
-    """Return the best torch.device there is: an NVIDIA GPU (cuda), Apple's (mps), or the cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+def pick_device(name=None):
+    """Return the torch.device called name, or the best there is: an NVIDIA GPU (cuda), Apple's (mps), or the cpu."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name not in ("cuda", "mps", "cpu"):
+        fail(f"--device {name} is none of cuda, mps, cpu")
+    if (name, cuda) == ("cuda", False) or (name, mps) == ("mps", False):
+        fail(f"--device {name}: it can't be used here; leave the flag out to take the best there is")
+    return torch.device(name)
 
 
 def fail(message):
@@ -382,9 +423,10 @@ def accumulate_gradients(model, loader, micro_steps, dtype):
 
 
 def main(cfg):
-    """Train as cfg, a TrainConfig, says; return the trained model."""
-    device = pick_device()
+    """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
+    device = pick_device(cfg.device)
     cfg = fill_defaults(cfg, device)
+    check(cfg)
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     print(f"device: {device}, float32 products: {torch.get_float32_matmul_precision()}, autocast: {cfg.dtype}, "
           f"compile: {cfg.compile}")
@@ -392,8 +434,19 @@ def main(cfg):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(cfg.seed)
-    # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
-    model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model])).to(device)
+    if cfg.init_from == "scratch":
+        # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
+        model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model]))
+    else:
+        try:
+            model = GPT.from_pretrained(cfg.init_from)
+        except (OSError, ValueError) as e:
+            fail(f"--init_from {cfg.init_from}: {str(e).splitlines()[0]}")
+    if cfg.seq_len > model.config.block_size:
+        fail(f"--seq_len {cfg.seq_len} is over the model's block size, {model.config.block_size}")
+    if model.config.vocab_size < 50257:
+        fail(f"--init_from {cfg.init_from}: its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
+    model.to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
     enc = gpt2_encoding()
@@ -424,4 +477,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(TrainConfig())
+    main(parse_flags())

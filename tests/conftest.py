@@ -1,6 +1,11 @@
-"""pytest's set-up: --history."""
+"""pytest's set-up: --history, and a short way to run train_gpt2.py."""
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
@@ -15,3 +20,12 @@ def pytest_collection_modifyitems(config, items):
     wanted = [item for item in items if ("history" in item.keywords) == config.getoption("--history")]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that runs this folder's train_gpt2.py in an empty folder and returns the finished process."""
+    def run(*args, **kwargs):
+        command = (sys.executable, str(ROOT / "train_gpt2.py"), *map(str, args))
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, **kwargs)
+    return run

@@ -1,0 +1,102 @@
+"""The command line: what is asked for is done, and what can't be done is said in one line, with status 2."""
+import os
+
+import offline
+import pytest
+import torch
+
+from train_gpt2 import TrainConfig, main, parse_flags
+
+INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
+TINY = ("--data", INPUT, "--model", "laptop", "--batch_size", "2", "--seq_len", "16", "--total_batch_size", "64",
+        "--max_steps", "3", "--device", "cpu")
+
+
+def test_every_field_is_a_flag():
+    assert parse_flags([]) == TrainConfig()
+    assert parse_flags(["--max_lr", "1e-3", "--batch_size", "8", "--no-compile", "--dtype", "float32"]) == TrainConfig(
+        max_lr=1e-3, batch_size=8, compile=False, dtype="float32")
+
+
+def test_help_explains_each_flag(run):
+    done = run("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name}" in done.stdout
+    assert "B, sequences in a micro-batch" in " ".join(done.stdout.split())
+
+
+def test_flags_reach_the_run(run):
+    done = run(*TINY, "--max_lr", "2e-3", "--warmup_steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "1 update = 64 tokens = 2 micro-batches of 2 x 16" in done.stdout
+    assert done.stdout.count("| loss: ") == 3 and "lr 2.0000e-03" in done.stdout
+
+
+def test_init_from_a_folder(run, tmp_path):
+    offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=64)
+    done = run(*TINY, "--init_from", "small", "--max_steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"parameters: {50257 * 32 + 64 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32:,}\n" in done.stdout
+    assert run(*TINY, "--init_from", "small", "--max_steps", "1", "--seed", "7").stdout.split("dt:")[0] == (
+        done.stdout.split("dt:")[0])  # nothing of it is random
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
+    (["--max_step", "1"], "unrecognized arguments: --max_step 1"),
+    (["--max_steps", "many"], "argument --max_steps: invalid int value: 'many'"),
+    (["--batch_size", "0"], "--batch_size 0 is not a number above 0"),
+    (["--seq_len", "-1"], "--seq_len -1 is not a number above 0"),
+    (["--max_lr", "nan"], "--max_lr nan is not a number above 0"),
+    (["--max_lr", "inf"], "--max_lr inf is not a number above 0"),
+    (["--weight_decay", "-0.1"], "--weight_decay -0.1 is not 0 or a number above it"),
+    (["--seed", "18446744073709551616"], "--seed 18446744073709551616 is not 0 or a number above it"),
+    (["--model", "gpt3"], "--model gpt3 is none of gpt2, gpt2-medium, gpt2-large, gpt2-xl, laptop"),
+    (["--dtype", "float16"], "--dtype float16 is none of bfloat16, float32"),
+    (["--total_batch_size", "100"], "--total_batch_size 100 is not a multiple of batch_size x seq_len"),
+    (["--seq_len", "2048", "--total_batch_size", "4096"], "--seq_len 2048 is over the model's block size, 1024"),
+    (["--data", "no.txt"], "there is no text file 'no.txt' in "),
+    (["--data", "empty.txt"], "'empty.txt' is empty"),
+    (["--data", "short.txt"], "the text has 3 tokens, and one micro-batch of 2 x 16"),
+    (["--device", "cuda"], "--device cuda: it can't be used here"),
+    (["--device", "gpu"], "--device gpu is none of cuda, mps, cpu"),
+    (["--init_from", "gpt2-huge"], "--init_from gpt2-huge: 'gpt2-huge' is neither a folder nor one of gpt2, "),
+    (["--init_from", "gpt2"], "--init_from gpt2: We couldn't connect to "),
+    (["--init_from", "hollow"], "--init_from hollow: "),
+    (["--init_from", "words"], "--init_from words: its vocabulary of 100 is not GPT-2's, of 50257"),
+    (["--init_from", "small", "--seq_len", "32"], "--seq_len 32 is over the model's block size, 16"),
+])
+def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, line):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("To be or")
+    (tmp_path / "hollow").mkdir()
+    if "small" in flags:
+        offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=16)
+    if "words" in flags:
+        offline.save_random_gpt2(tmp_path / "words", n_layer=1, n_head=2, n_embd=32, vocab_size=100)
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(parse_flags([*TINY, *flags]))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert err.startswith(f"train_gpt2.py: {line}") and err.count("\n") == 1
+    assert "step" not in out and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--learning_rate", "1"], "train_gpt2.py: unrecognized arguments: --learning_rate 1\n"),
+    (["--init_from", "gpt2-huge"], "train_gpt2.py: --init_from gpt2-huge: 'gpt2-huge' is neither a folder nor one of "
+                                   "gpt2, gpt2-medium, gpt2-large, gpt2-xl\n"),
+    ([], "train_gpt2.py: there is no text file 'input.txt' in {}; start in the folder that holds it\n"),
+])
+def test_the_program_then_ends_with_status_2(run, tmp_path, flags, line):
+    done = run("--model", "laptop", "--device", "cpu", *flags)
+    assert (done.returncode, done.stderr) == (2, line.format(tmp_path))
