@@ -1,6 +1,8 @@
 """GPT-2 (124M) from an empty file: the model, its data, its training.
 
     python train_gpt2.py                                     # one process: a GPU where there is one, else the CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight processes, each with a GPU of its own
+    torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu
 
 `python train_gpt2.py --help` lists the flags.
 """
@@ -9,6 +11,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -18,10 +21,12 @@ from importlib.util import find_spec
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 # -----------------------------------------------------------------------------
 # The model
@@ -252,26 +257,28 @@ def load_tokens(path, enc):
 
 
 class DataLoaderLite:
-    """Walk through the tokens, (N,) uint16, B * T at a time.
+    """Walk through the tokens, (N,) uint16, B * T at a time for each of world processes, side by side.
 
-    position, in tokens, is where the next micro-batch starts. An epoch ends with the last whole total batch, of
-    total_batch_size tokens; of a text too short for one, with the last T tokens. So it is the same for every B.
+    position, in tokens and the same in all processes, is where process 0's next micro-batch starts; the others add
+    their own offset. So together they read what one would. An epoch ends with the last whole total batch, of
+    total_batch_size tokens; of a text too short for one, with the last T tokens. So it is the same for every B and world.
     """
 
-    def __init__(self, tokens, B, T, total_batch_size):
-        self.tokens, self.B, self.T = tokens, B, T
+    def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1):
+        self.tokens, self.B, self.T, self.rank, self.world = tokens, B, T, rank, world
         self.position = 0
         usable = len(tokens) - 1  # the last token has no successor
         self.epoch_tokens = usable // total_batch_size * total_batch_size or usable // T * T
-        if usable < B * T:
-            fail(f"the text has {len(tokens)} tokens, and one micro-batch of {B} x {T} needs {B * T + 1}")
+        if usable < B * T * world:
+            fail(f"the text has {len(tokens)} tokens, and one micro-batch of {B} x {T} for each of {world} "
+                 f"process(es) needs {B * T * world + 1}; lower --batch_size or --seq_len")
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
-        starts = self.position + self.T * np.arange(self.B)  # (B,): where each row starts
+        starts = self.position + self.T * np.arange(self.rank * self.B, (self.rank + 1) * self.B)  # (B,): each row's
         rows = [self.tokens[start : start + self.T + 1] for start in starts % self.epoch_tokens]
         buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-        self.position = (self.position + self.B * self.T) % self.epoch_tokens
+        self.position = (self.position + self.B * self.T * self.world) % self.epoch_tokens
         return buf[:, :-1], buf[:, 1:]
 
 
@@ -291,7 +298,7 @@ class TrainConfig:
     init_from: str = "scratch"  # scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder in Hugging Face's format
     batch_size: int = None  # B, sequences in a micro-batch: lower it when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
-    total_batch_size: int = None  # tokens in an update, over all its micro-batches
+    total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
     max_steps: int = None  # updates of the weights
     warmup_steps: int = 10  # updates over which the learning rate rises to max_lr
     max_lr: float = 6e-4  # the learning rate's peak; it falls to a tenth of it
@@ -330,8 +337,8 @@ def parse_flags(argv=None):
     return TrainConfig(**vars(parser.parse_args(argv)))
 
 
-def check(cfg):
-    """End the program where a setting of cfg, a filled one, can't work."""
+def check(cfg, world):
+    """End the program where a setting of cfg, a filled one, can't work with world processes."""
     for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip"):
         if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
             fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
@@ -341,10 +348,11 @@ def check(cfg):
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
         if getattr(cfg, name) not in choices:
             fail(f"--{name} {getattr(cfg, name)} is none of {', '.join(choices)}")
-    micro = cfg.batch_size * cfg.seq_len
+    micro = cfg.batch_size * cfg.seq_len * world
     if cfg.total_batch_size % micro:
-        fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of batch_size x seq_len = "
-             f"{cfg.batch_size} x {cfg.seq_len} = {micro}; the next one is {-(-cfg.total_batch_size // micro) * micro}")
+        fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of batch_size x seq_len x processes = "
+             f"{cfg.batch_size} x {cfg.seq_len} x {world} = {micro}; "
+             f"the next one is {-(-cfg.total_batch_size // micro) * micro}")
 
 
 # -----------------------------------------------------------------------------
@@ -352,20 +360,39 @@ def check(cfg):
 
 
 def pick_device(name=None):
-    """Return the torch.device called name, or the best there is: an NVIDIA GPU (cuda), Apple's (mps), or the cpu."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    """Return the torch.device called name, or the best there is: an NVIDIA GPU (cuda), Apple's (mps), or the cpu.
+
+    Under torchrun each process gets a GPU of its own, and mps, of which there is one, is left out.
+    """
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and local_world == 1
     if name is None:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if name not in ("cuda", "mps", "cpu"):
         fail(f"--device {name} is none of cuda, mps, cpu")
     if (name, cuda) == ("cuda", False) or (name, mps) == ("mps", False):
         fail(f"--device {name}: it can't be used here; leave the flag out to take the best there is")
-    return torch.device(name)
+    if name == "cuda" and local_world > torch.cuda.device_count():
+        fail(f"{local_world} processes want a GPU each, and here are {torch.cuda.device_count()}: start as many "
+             "processes as there are GPUs, or say --device cpu")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+
+
+def print0(*args, **kwargs):
+    """print, in the first process alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, **kwargs)
 
 
 def fail(message):
-    """End the program for bad input: one line on standard error, status 2."""
-    print(f"train_gpt2.py: {message}", file=sys.stderr)
+    """End the program for bad input: one line on standard error from the first process, status 2 from all."""
+    print0(f"train_gpt2.py: {message}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # torchrun terminates the others as soon as one ends: wait until each has come here, then end unhurried
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.barrier()
     sys.exit(2)
 
 
@@ -399,8 +426,8 @@ def configure_optimizer(model, weight_decay, lr):
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    print(f"weight decay {weight_decay} on {len(matrices)} tensors, {sum(p.numel() for p in matrices):,} parameters; "
-          f"none on {len(vectors)} tensors, {sum(p.numel() for p in vectors):,} parameters")
+    print0(f"weight decay {weight_decay} on {len(matrices)} tensors, {sum(p.numel() for p in matrices):,} parameters; "
+           f"none on {len(vectors)} tensors, {sum(p.numel() for p in vectors):,} parameters")
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -408,12 +435,15 @@ def configure_optimizer(model, weight_decay, lr):
 def accumulate_gradients(model, loader, micro_steps, dtype):
     """Add to .grad the gradient of the mean loss over micro_steps batches of loader; return that loss, (), detached.
 
-    dtype: bfloat16 for autocast, float32 for none.
+    dtype: bfloat16 for autocast, float32 for none. Under DDP the gradient is then the mean over all processes too,
+    while the loss is this one's.
     """
     device = next(model.parameters()).device
     mean_loss = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         x, y = loader.next_batch()
+        if isinstance(model, DDP):  # exchange gradients once, after the last one; forward already reads this
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             _, loss = model(x.to(device), y.to(device))
         loss = loss / micro_steps  # cross_entropy's mean is over one micro-batch; backward adds, so this makes a mean
@@ -424,12 +454,17 @@ def accumulate_gradients(model, loader, micro_steps, dtype):
 
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     device = pick_device(cfg.device)
     cfg = fill_defaults(cfg, device)
-    check(cfg)
+    check(cfg, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
-    print(f"device: {device}, float32 products: {torch.get_float32_matmul_precision()}, autocast: {cfg.dtype}, "
-          f"compile: {cfg.compile}")
+    print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
+           f"autocast: {cfg.dtype}, compile: {cfg.compile}")
     if device.type == "cpu":  # so a run repeats bit for bit, compiled too; filling fresh memory would only take time
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -447,14 +482,16 @@ def main(cfg):
     if model.config.vocab_size < 50257:
         fail(f"--init_from {cfg.init_from}: its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
     model.to(device)
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    print0(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
+    if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
+        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
     enc = gpt2_encoding()
     tokens = load_tokens(cfg.data, enc)
-    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size)
-    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len)
-    print(f"1 update = {cfg.total_batch_size:,} tokens = {grad_accum_steps} micro-batches of "
-          f"{cfg.batch_size} x {cfg.seq_len}; 1 epoch = {loader.epoch_tokens:,} of {len(tokens):,} tokens")
+    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size, rank, world)
+    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len * world)
+    print0(f"1 update = {cfg.total_batch_size:,} tokens = {grad_accum_steps} micro-batches of "
+           f"{cfg.batch_size} x {cfg.seq_len} x {world}; 1 epoch = {loader.epoch_tokens:,} of {len(tokens):,} tokens")
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
     for step in range(cfg.max_steps):
@@ -464,15 +501,21 @@ def main(cfg):
             group["lr"] = lr
         optimizer.zero_grad()  # backward adds to what is there
         loss = accumulate_gradients(train_model, loader, grad_accum_steps, cfg.dtype)
+        if world > 1:  # each process has the mean of its own losses
+            dist.all_reduce(loss)
+            loss /= world
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)  # returns the norm before the cut
         optimizer.step()
         torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done
         dt = time.perf_counter() - t0  # seconds
-        print(f"step {step:5d} | loss: {loss.item():.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-              f"dt: {1000 * dt:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}")
+        print0(f"step {step:5d} | loss: {loss.item():.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+               f"dt: {1000 * dt:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}")
 
-    for text in sample(model, enc, "Hello, I'm a language model,"):
-        print(">", text)
+    if rank == 0:
+        for text in sample(model, enc, "Hello, I'm a language model,"):
+            print(">", text)
+    if world > 1:
+        dist.destroy_process_group()
     return model
 
 

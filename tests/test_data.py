@@ -69,6 +69,20 @@ def test_a_text_shorter_than_an_update_is_read_again_within_it(B):
 
 def test_a_text_shorter_than_a_batch(capsys):
     with pytest.raises(SystemExit) as end:
-        DataLoaderLite(np.arange(16, dtype=np.uint16), B=2, T=8, total_batch_size=32)
+        DataLoaderLite(np.arange(32, dtype=np.uint16), B=2, T=8, total_batch_size=32, rank=0, world=2)
     assert end.value.code == 2
-    assert capsys.readouterr().err == "train_gpt2.py: the text has 16 tokens, and one micro-batch of 2 x 8 needs 17\n"
+    assert capsys.readouterr().err == (
+        "train_gpt2.py: the text has 32 tokens, and one micro-batch of 2 x 8 for each of 2 process(es) needs 33; "
+        "lower --batch_size or --seq_len\n")
+
+
+def test_processes_read_what_one_would_in_the_same_order():
+    tokens = np.arange(120, dtype=np.uint16)
+    for world in (2, 4):
+        for total_batch_size in (32, 128):  # an update in the text, and one longer than it
+            one = DataLoaderLite(tokens, 1, 8, total_batch_size)
+            ranks = [DataLoaderLite(tokens, 1, 8, total_batch_size, rank, world) for rank in range(world)]
+            for _ in range(40 // world):  # several epochs
+                for rank in ranks:
+                    assert torch.equal(rank.next_batch()[0], one.next_batch()[0])
+                assert len({rank.position for rank in ranks}) == 1

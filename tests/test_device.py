@@ -12,8 +12,24 @@ INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 @pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_the_best_device_is_picked(monkeypatch, cuda, mps, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert train_gpt2.pick_device().type == best
+
+
+def test_each_process_gets_a_gpu_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert train_gpt2.pick_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.pick_device("cuda")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "train_gpt2.py: 3 processes want a GPU each, and here are 2: start as many processes as there are GPUs, "
+        "or say --device cpu\n")
 
 
 def test_tf32_is_switched_on(capsys):

@@ -1,0 +1,61 @@
+"""Two processes under a real torchrun, on CPUs with Gloo, do what one process does."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FLAGS = ("--data", os.path.join(ROOT, "input.txt"), "--model", "laptop", "--batch_size", "2", "--seq_len", "32",
+         "--total_batch_size", "256", "--max_steps", "20", "--max_lr", "3e-3", "--dtype", "float32", "--device", "cpu")
+PROBE = """
+import os, torch, train_gpt2
+model = train_gpt2.main(train_gpt2.parse_flags())
+torch.save(model.state_dict(), f"weights{os.environ.get('RANK', 'alone')}.pt")
+"""
+
+
+def torchrun(*command, cwd):
+    """Run a script in two processes; return (both outputs as one text, the workers' exit statuses if any failed)."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, *command], cwd=cwd, env=dict(os.environ, PYTHONPATH=ROOT), capture_output=True,
+                          text=True, timeout=200)
+    out = done.stdout + done.stderr
+    return out, [int(status) for status in re.findall(r"exitcode +: (-?\d+)", out)]
+
+
+def losses(out):
+    return [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)]
+
+
+def test_two_processes_train_like_one(tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE)
+    alone = subprocess.run([sys.executable, "probe.py", *FLAGS], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=ROOT),
+                           capture_output=True, text=True, timeout=200).stdout
+    together, failed = torchrun("probe.py", *FLAGS, cwd=tmp_path)
+    assert not failed and "processes: 2" in together
+    one, two = losses(alone), losses(together)
+    assert len(one) == len(two) == 20  # and printed once, not by both
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4
+    first, second = (torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    lone = torch.load(tmp_path / "weightsalone.pt")
+    assert all((first[name] - lone[name]).abs().max() < 1e-3 for name in first)
+    assert not any("module." in name or "_orig_mod." in name for name in first)
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--max_step", "1"], "unrecognized arguments: --max_step 1"),
+    (["--total_batch_size", "64"], "--total_batch_size 64 is not a multiple of batch_size x seq_len x processes = "
+                                   "2 x 32 x 2 = 128; the next one is 128"),
+    (["--data", "short.txt"], "the text has 80 tokens, and one micro-batch of 2 x 32 for each of 2 process(es) "
+                              "needs 129; lower --batch_size or --seq_len"),
+])
+def test_bad_input_ends_all_processes_with_one_line(tmp_path, flags, line):
+    (tmp_path / "short.txt").write_text("word" + " word" * 79)
+    out, statuses = torchrun(os.path.join(ROOT, "train_gpt2.py"), *FLAGS, *flags, cwd=tmp_path)
+    assert statuses == [2, 2]
+    assert re.findall(r"^train_gpt2\.py: .*$", out, re.M) == [f"train_gpt2.py: {line}"]
+    assert "| loss" not in out
