@@ -386,7 +386,7 @@ def print0(*args, **kwargs):
 
 def fail(message):
     """End the program for bad input: one line on standard error from the first process, status 2 from all."""
-    print0(f"train_gpt2.py: {message}", file=sys.stderr, flush=True)
+    print0(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # torchrun terminates the others as soon as one ends: wait until each has come here, then end unhurried
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
