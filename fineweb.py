@@ -1,6 +1,10 @@
 """FineWeb-Edu as tokens: text from Hugging Face, in shards that train_gpt2.py reads.
 
     python fineweb.py                                    # its sample of 10B tokens, as 100 shards in edu_fineweb10B/
+    python fineweb.py --stream                           # the same, without the whole download first
+    python fineweb.py --stream --max_tokens 1000000000   # a tenth of it
+    python fineweb.py --dataset NAME --out FOLDER        # another data set of Hugging Face's
+    python fineweb.py --files my/*.txt --out FOLDER      # your own text: .txt, .jsonl or .parquet
 
 A shard is a NumPy file, uint16 and one-dimensional, of 100M tokens, the last one of what is left. Shard 0 is for
 validation. Every document begins with <|endoftext|>.
@@ -9,11 +13,14 @@ import argparse
 import multiprocessing as mp
 import os
 import signal
+import sys
 from contextlib import contextmanager
+from tempfile import TemporaryFile
 
 import numpy as np
 from tqdm import tqdm
 
+KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
 SHARDS = "edu_fineweb10B"  # the folder to write to, and the one where train_gpt2.py looks
 
 
@@ -26,6 +33,8 @@ def start_worker(encoding):
 
 def tokenize(text):
     """Return the tokens of one document, (n,) uint16: <|endoftext|>, as something new begins, then the text's."""
+    if not isinstance(text, str):
+        raise ValueError(f"the text of a document is {text!r}")
     return np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype=np.uint16)
 
 
@@ -68,6 +77,25 @@ def write_shard(folder, number, tokens):
         np.save(f, tokens)
 
 
+def load(args):
+    """Return the documents that args, the command line's, ask for: rows with a column `text`.
+
+    Raises what `datasets` raises, ValueError where there is no such column.
+    """
+    from datasets import load_dataset  # slow to import, and needed only here
+
+    if args.files:
+        kind = KINDS[os.path.splitext(args.files[0])[1]]
+        whole = dict(sample_by="document") if kind == "text" else {}  # a file is a document, not each of its lines
+        dataset = load_dataset(kind, data_files=args.files, split="train", streaming=args.stream, **whole)
+    else:
+        dataset = load_dataset(args.dataset, name=args.name, split="train", streaming=args.stream)
+    row = next(iter(dataset), {})  # a stream may not know its columns before
+    if "text" not in row:
+        raise ValueError(f"it has no column 'text' but {', '.join(row) or 'nothing at all'}")
+    return dataset.select_columns("text")
+
+
 def main(argv=None):
     """Write the shards. Ends the program, status 2, where that can't be done."""
     from train_gpt2 import fail, gpt2_encoding  # it imports torch, for which the workers needn't wait
@@ -77,38 +105,64 @@ def main(argv=None):
     parser.add_argument("--out", default=SHARDS, help="the folder to write to")
     parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens in a shard")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="tokenising processes")
+    parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="a data set of Hugging Face's")
+    parser.add_argument("--name", help="its configuration; for FineWeb-Edu sample-10BT if not given")
+    parser.add_argument("--files", nargs="+", help="your own .txt (one document each), .jsonl or .parquet files")
+    parser.add_argument("--stream", action="store_true", help="tokenise while it downloads; keeps no copy")
+    parser.add_argument("--max_tokens", type=int, help="stop after so many")
     args = parser.parse_args(argv)
-    source = "HuggingFaceFW/fineweb-edu"
+    if args.dataset == parser.get_default("dataset"):
+        args.name = args.name or "sample-10BT"
+    source = args.dataset if not args.files else args.files[0] if len(args.files) == 1 else f"{len(args.files)} files"
+    kinds = {os.path.splitext(path)[1] for path in args.files or []}
+    if len(kinds) > 1 or not kinds <= set(KINDS):
+        parser.error(f"--files {' '.join(args.files)}: they have to be of one kind, {', '.join(KINDS)}")
+    for path in args.files or []:
+        if not os.path.isfile(path):
+            parser.error(f"--files {path}: there is no such file")
     for name in ("shard_size", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not a number above 0")
+    if args.max_tokens is not None and args.max_tokens <= args.shard_size:
+        parser.error(f"--max_tokens {args.max_tokens} would fill no more than the validation shard; lower --shard_size")
     try:
         os.makedirs(args.out, exist_ok=True)
         if any(name.endswith(".npy") for name in os.listdir(args.out)):
             parser.error(f"{args.out} holds shards already; remove it, or write somewhere else with --out")
+        with TemporaryFile(dir=args.out):  # can it be written?
+            pass
     except OSError as e:
         parser.error(f"--out {args.out}: {e.strerror}")
+
+    from datasets.exceptions import DatasetsError
 
     written = count = 0
     try:
         with mp.Pool(args.workers, start_worker, [gpt2_encoding()]) as pool:
-            from datasets import load_dataset  # slow to import, and needed only here
-
-            dataset = load_dataset(source, name="sample-10BT", split="train")
-            with tqdm(unit=" tokens", unit_scale=True) as bar:
+            dataset = load(args)
+            with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens) as bar:
 
                 def documents():
                     nonlocal count
                     for tokens in pool.imap(tokenize, (row["text"] for row in dataset), chunksize=16):  # in this order
+                        tokens = tokens[: args.max_tokens and args.max_tokens - count]
                         count += len(tokens)
                         bar.update(len(tokens))
                         yield tokens
+                        if count == args.max_tokens:
+                            return
 
                 for shard in cut(documents(), args.shard_size):
                     write_shard(args.out, written, shard)
                     written += 1
+    except KeyboardInterrupt:
+        sys.exit(f"fineweb.py: stopped; {args.out} holds {written} whole shards, and no part of another")
     except (OSError, ValueError) as e:
         parser.error(f"{source}: {(str(e) or repr(e)).splitlines()[0]}")
+    except DatasetsError as e:  # its own text is "An error occurred"
+        parser.error(f"{source}: {str(e.__cause__ or e).splitlines()[0]}")
+    if written < 2:
+        parser.error(f"{count:,} tokens fill no more than the validation shard; remove {args.out}, lower --shard_size")
     print(f"{count:,} tokens in {written} shards in {args.out}, the first for validation")
 
 

@@ -1,4 +1,5 @@
 """fineweb.py, with the real `datasets` and a hub on loopback: what it writes, from what, and what it refuses."""
+import json
 import os
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def hub_environment(tmp_path_factory):
     return hub.environment(tmp_path_factory.mktemp("hub"))
 
 
-@pytest.mark.parametrize("start, flags", [("fork", "--workers 1"), ("spawn", "--workers 2"), ("fork", "--workers 4")])
+@pytest.mark.parametrize("start, flags", [("fork", "--workers 1"), ("spawn", "--workers 2"),
+                                          ("fork", "--workers 4 --stream"), ("spawn", "--workers 1 --stream")])
 def test_the_shards_hold_every_document_in_its_order(hub_environment, tmp_path, start, flags):
     (tmp_path / "probe.py").write_text(PROBE.format(start))
     done = subprocess.run([sys.executable, "probe.py", "--shard_size", "100000", *flags.split()], cwd=tmp_path,
@@ -77,3 +79,72 @@ def test_shards_that_are_there_are_left_alone(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"fineweb.py: {tmp_path} holds shards already; remove it, or write somewhere else with --out\n")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+TEXTS = ["The first document.\nIt has two lines.\n", "", "The third: 中文, and emoji 🙂."]
+
+
+def write(tmp_path):
+    """Write TEXTS into tmp_path in each format, and some that can't be used."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"words": TEXTS}), tmp_path / "b.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=text, n=1)) + "\n" for text in TEXTS))
+    (tmp_path / "null.jsonl").write_text('{"text": "good"}\n{"text": null}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": bad\n')
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("paths", [["a.parquet"], ["a.jsonl"], ["0.txt", "2.txt"]])
+def test_local_files(tmp_path, monkeypatch, capsys, paths):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    fineweb.main(["--files", *paths, "--stream", "--shard_size", "6", "--workers", "1"])
+    texts = TEXTS if len(paths) == 1 else [TEXTS[0], TEXTS[2]]
+    assert np.array_equal(read("edu_fineweb10B", 6), expected(texts))
+
+
+def test_max_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    fineweb.main(["--files", "a.parquet", "--stream", "--shard_size", "6", "--workers", "1", "--max_tokens", "13"])
+    assert np.array_equal(read("edu_fineweb10B", 6), expected(TEXTS)[:13])
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--shard_size 0", "--shard_size 0 is not a number above 0"),
+    ("--workers many", "argument --workers: invalid int value: 'many'"),
+    ("--files no.txt", "--files no.txt: there is no such file"),
+    ("--files 0.txt a.jsonl", "--files 0.txt a.jsonl: they have to be of one kind, .txt, .jsonl, .parquet"),
+    ("--files a.docx", "--files a.docx: they have to be of one kind, .txt, .jsonl, .parquet"),
+    ("--files b.parquet --stream", "b.parquet: it has no column 'text' but words"),
+    ("--files bad.jsonl --stream", "bad.jsonl: "),
+    ("--files bad.jsonl", "bad.jsonl: "),
+    ("--files null.jsonl --stream", "null.jsonl: the text of a document is None"),
+    ("--files a.jsonl --max_tokens 100", "--max_tokens 100 would fill no more than the validation shard"),
+    ("--files a.jsonl --out 0.txt/x", "--out 0.txt/x: Not a directory"),
+    ("--files a.jsonl --stream", "26 tokens fill no more than the validation shard; remove edu_fineweb10B, "),
+])
+def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, line):
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        fineweb.main(["--workers", "1", *flags.split()])
+    assert end.value.code == 2
+    err = capsys.readouterr().err.split("\n")
+    assert err[-2].startswith(f"fineweb.py: {line}") and err[-1] == ""
+
+
+def test_without_a_network_nothing_is_written(tmp_path):
+    env = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "fineweb.py")], cwd=tmp_path, env=env, capture_output=True,
+                          text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fineweb.py: HuggingFaceFW/fineweb-edu: ") and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "edu_fineweb10B").iterdir())
