@@ -10,8 +10,10 @@ A shard is a NumPy file, uint16 and one-dimensional, of 100M tokens, the last on
 validation. Every document begins with <|endoftext|>.
 """
 import argparse
+import hashlib
 import multiprocessing as mp
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -59,7 +61,7 @@ def replacing(path):
     """Open path for writing, under a temporary name until all of it is on the disk: who finds path finds it whole."""
     unfinished = f"{path}.tmp"
     try:
-        with open(unfinished, "wb") as f:
+        with open(unfinished, "wb+") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -71,10 +73,89 @@ def replacing(path):
 
 
 def write_shard(folder, number, tokens):
-    """Write tokens, (n,) uint16, as shard number of folder."""
+    """Write tokens, (n,) uint16, as shard number of folder, and its sha256 into SHA256SUMS, as sha256sum -c reads it.
+
+    Raises OSError where the disk doesn't take them.
+    """
     name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
     with replacing(os.path.join(folder, name)) as f:
         np.save(f, tokens)
+        f.seek(0)
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    sums = read_sums(folder) | {name: digest}
+    with replacing(os.path.join(folder, "SHA256SUMS")) as f:
+        f.writelines(f"{digest}  {name}\n".encode() for name, digest in sums.items())
+
+
+def read_sums(folder):
+    """Return {name: sha256} of the shards that folder's SHA256SUMS lists."""
+    try:
+        with open(os.path.join(folder, "SHA256SUMS"), encoding="utf-8") as f:
+            return {name: digest for digest, name in (line.split() for line in f)}
+    except FileNotFoundError:
+        return {}
+
+
+class Shards:
+    """Arrays of tokens, (n,) uint16 each and memory-mapped, as one long row: it has len() and slices [a:b], 0 <= a < b.
+
+    A shard is checked when it is first read from; that raises ValueError, which names it, where its sha256 isn't the
+    one in SHA256SUMS (if it stands there) or where it holds an id that isn't below vocab_size.
+    """
+
+    def __init__(self, arrays, vocab_size):
+        self.arrays, self.vocab_size, self.checked = arrays, vocab_size, set()
+        self.ends = np.cumsum([len(array) for array in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, span):
+        parts = []
+        for i in range(np.searchsorted(self.ends, span.start or 0, side="right"), len(self.arrays)):
+            begin = self.ends[i] - len(self.arrays[i])  # where this shard lies in the whole
+            if begin >= span.stop:
+                break
+            self.check(i)
+            parts.append(self.arrays[i][max(0, (span.start or 0) - begin) : span.stop - begin])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def check(self, i):
+        if i in self.checked:
+            return
+        folder, name = os.path.split(self.arrays[i].filename)
+        digest, largest = hashlib.sha256(), 0
+        with open(self.arrays[i].filename, "rb") as f:  # not through the mapping, where all of it would stay in memory
+            digest.update(f.read(self.arrays[i].offset))  # the header
+            while block := f.read(2**20):
+                digest.update(block)
+                largest = max(largest, np.frombuffer(block, dtype=np.uint16).max())
+        if read_sums(folder).get(name, digest.hexdigest()) != digest.hexdigest():
+            raise ValueError(f"{name} is damaged: its sha256 isn't the one in SHA256SUMS; make it again by fineweb.py")
+        if largest >= self.vocab_size:
+            raise ValueError(f"{name} holds the token {largest}, where GPT-2's end at {self.vocab_size - 1}")
+        self.checked.add(i)
+
+
+def open_shards(folder, vocab_size):
+    """Return the tokens to train on and those for validation, two Shards, of the shards in folder.
+
+    Raises ValueError, which names the shard, where one isn't a whole file of uint16 or where none is there.
+    """
+    arrays = dict(val=[], train=[])
+    for name in sorted(os.listdir(folder)):
+        if match := re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name):
+            try:
+                array = np.load(os.path.join(folder, name), mmap_mode="r")  # reads the header alone
+            except (ValueError, EOFError) as e:
+                raise ValueError(f"{name} is damaged ({e}); make it again by fineweb.py") from e
+            if array.dtype != np.uint16 or array.ndim != 1 or not len(array):
+                raise ValueError(f"{name} holds {array.dtype} of shape {array.shape}, and a shard is a row of uint16")
+            arrays[match[1]].append(array)
+    for kind in arrays:
+        if not arrays[kind]:
+            raise ValueError(f"it holds no edufineweb_{kind}_*.npy; python fineweb.py writes them")
+    return Shards(arrays["train"], vocab_size), Shards(arrays["val"], vocab_size)
 
 
 def load(args):

@@ -1,4 +1,5 @@
 """fineweb.py, with the real `datasets` and a hub on loopback: what it writes, from what, and what it refuses."""
+import hashlib
 import json
 import os
 import subprocess
@@ -52,6 +53,9 @@ def test_the_shards_hold_every_document_in_its_order(hub_environment, tmp_path, 
     assert np.array_equal(read(tmp_path / "edu_fineweb10B", 100_000), tokens)
     assert f"{len(tokens):,} tokens in 3 shards in edu_fineweb10B, the first for validation" in done.stdout
     assert "tokens/s" in done.stderr  # the bar
+    for line in (tmp_path / "edu_fineweb10B" / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert digest == hashlib.sha256((tmp_path / "edu_fineweb10B" / name).read_bytes()).hexdigest()
 
 
 def test_a_document_may_be_longer_than_a_shard():
@@ -148,3 +152,79 @@ def test_without_a_network_nothing_is_written(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("fineweb.py: HuggingFaceFW/fineweb-edu: ") and done.stderr.count("\n") == 1
     assert not list((tmp_path / "edu_fineweb10B").iterdir())
+
+
+def damage(path, way):
+    data = bytearray(path.read_bytes())
+    if way == "flipped":
+        data[-100] ^= 1
+        path.write_bytes(data)
+    elif way == "cut":
+        path.write_bytes(data[:-100])
+    elif way == "header":
+        path.write_bytes(data[:50])
+    elif way == "empty":
+        path.write_bytes(b"")
+    elif way == "no tokens":
+        np.save(path, np.zeros(0, dtype=np.uint16))
+    elif way == "int32":
+        np.save(path, np.arange(1000, dtype=np.int32))
+    elif way == "2-d":
+        np.save(path, np.zeros((10, 100), dtype=np.uint16))
+    elif way == "objects":
+        np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize("way, line", [
+    ("flipped", "edufineweb_train_000002.npy is damaged: its sha256 isn't the one in SHA256SUMS"),
+    ("cut", "edufineweb_train_000002.npy is damaged (mmap length is greater than file size)"),
+    ("header", "edufineweb_train_000002.npy is damaged ("),
+    ("empty", "edufineweb_train_000002.npy is damaged ("),
+    ("no tokens", "edufineweb_train_000002.npy holds uint16 of shape (0,)"),
+    ("int32", "edufineweb_train_000002.npy holds int32 of shape (1000,)"),
+    ("2-d", "edufineweb_train_000002.npy holds uint16 of shape (10, 100)"),
+    ("objects", "edufineweb_train_000002.npy is damaged ("),
+])
+def test_a_damaged_shard_is_named(tmp_path, way, line):
+    for i in range(3):
+        fineweb.write_shard(tmp_path, i, np.arange(1000, dtype=np.uint16) + 1000 * i)
+    damage(tmp_path / "edufineweb_train_000002.npy", way)
+    with pytest.raises(ValueError) as e:
+        train, _ = fineweb.open_shards(tmp_path, 50257)
+        assert train[0:1001][-1] == 2000  # without its sum nothing would be wrong
+    assert str(e.value).startswith(line)
+
+
+def test_shards_are_one_row_of_tokens(tmp_path):
+    for i, n in enumerate((5, 7, 1, 10)):
+        fineweb.write_shard(tmp_path, i, 100 * i + np.arange(n, dtype=np.uint16))
+    (tmp_path / "my_val_notes_000001.npy").write_bytes(b"not a shard")
+    train, val = fineweb.open_shards(tmp_path, 50257)
+    whole = [*range(100, 107), 200, *range(300, 310)]
+    assert len(train) == 18 and val[:9].tolist() == [0, 1, 2, 3, 4]
+    assert all(train[a:b].tolist() == whole[a:b] for a in range(18) for b in range(a + 1, 19))
+    assert train[3:4].base is not None  # a view of the file, no copy
+
+
+def test_without_a_sum_a_shard_is_taken_as_it_is(tmp_path):
+    for i in range(2):
+        fineweb.write_shard(tmp_path, i, np.arange(1000, dtype=np.uint16))
+    (tmp_path / "SHA256SUMS").unlink()
+    damage(tmp_path / "edufineweb_train_000001.npy", "flipped")
+    assert len(fineweb.open_shards(tmp_path, 50257)[0][:1000]) == 1000
+
+
+def test_a_token_that_is_none_of_gpt2s(tmp_path):
+    for i in range(2):
+        fineweb.write_shard(tmp_path, i, np.array([1, 50256 + i], dtype=np.uint16))
+    train, val = fineweb.open_shards(tmp_path, 50257)
+    assert val[:2].tolist() == [1, 50256]
+    with pytest.raises(ValueError, match="train_000001.npy holds the token 50257, where GPT-2's end at 50256"):
+        train[0:1]
+
+
+@pytest.mark.parametrize("kind", ["val", "train"])
+def test_no_shard_of_a_kind(tmp_path, kind):
+    fineweb.write_shard(tmp_path, 1 if kind == "val" else 0, np.arange(5, dtype=np.uint16))
+    with pytest.raises(ValueError, match=f"it holds no edufineweb_{kind}_"):
+        fineweb.open_shards(tmp_path, 50257)
