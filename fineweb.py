@@ -158,6 +158,26 @@ def open_shards(folder, vocab_size):
     return Shards(arrays["train"], vocab_size), Shards(arrays["val"], vocab_size)
 
 
+def load_data(path, enc):
+    """Return the tokens to train on and those for validation: a folder's shards, or nine tenths of a text and the last.
+
+    Both have len() and slices, (n,) uint16. Raises OSError, ValueError where that can't be had from path.
+    """
+    if os.path.isdir(path):
+        return open_shards(path, enc.n_vocab)
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no such file or folder in {os.getcwd()}; start in the folder that holds it")
+    try:
+        with open(path, encoding="utf-8") as f:
+            tokens = np.array(enc.encode_ordinary(f.read()), dtype=np.uint16)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    if len(tokens) < 20:
+        raise ValueError(f"it has {len(tokens)} tokens, too few to train on nine tenths and validate on the last")
+    train = len(tokens) * 9 // 10
+    return tokens[:train], tokens[train:]
+
+
 def load(args):
     """Return the documents that args, the command line's, ask for: rows with a column `text`.
 

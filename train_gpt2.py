@@ -28,6 +28,8 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from fineweb import SHARDS, load_data
+
 # -----------------------------------------------------------------------------
 # The model
 
@@ -242,22 +244,8 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
 # The data
 
 
-def load_tokens(path, enc):
-    """Return the tokens of the text file at path: (N,), uint16, in which GPT-2's ids fit at half of int32's size."""
-    if not os.path.isfile(path):
-        fail(f"there is no text file {path!r} in {os.getcwd()}; start in the folder that holds it")
-    try:
-        with open(path, encoding="utf-8") as f:
-            tokens = enc.encode_ordinary(f.read())
-    except UnicodeDecodeError:
-        fail(f"{path!r} is not UTF-8 text")
-    if not tokens:
-        fail(f"{path!r} is empty")
-    return np.array(tokens, dtype=np.uint16)
-
-
 class DataLoaderLite:
-    """Walk through the tokens, (N,) uint16, B * T at a time for each of world processes, side by side.
+    """Walk through tokens, shards or (N,) uint16, B * T at a time for each of world processes, side by side.
 
     position, in tokens and the same in all processes, is where process 0's next micro-batch starts; the others add
     their own offset. So together they read what one would. An epoch ends with the last whole total batch, of
@@ -270,11 +258,15 @@ class DataLoaderLite:
         usable = len(tokens) - 1  # the last token has no successor
         self.epoch_tokens = usable // total_batch_size * total_batch_size or usable // T * T
         if usable < B * T * world:
-            fail(f"the text has {len(tokens)} tokens, and one micro-batch of {B} x {T} for each of {world} "
+            fail(f"{len(tokens)} tokens are there to train on, and one micro-batch of {B} x {T} for each of {world} "
                  f"process(es) needs {B * T * world + 1}; lower --batch_size or --seq_len")
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
+        try:  # every process opens, and checks, what any of them needs now: all of them find a damaged shard at once
+            self.tokens[self.position : self.position + self.B * self.T * self.world + 1]
+        except (OSError, ValueError) as e:
+            fail(f"--data: {e}")
         starts = self.position + self.T * np.arange(self.rank * self.B, (self.rank + 1) * self.B)  # (B,): each row's
         rows = [self.tokens[start : start + self.T + 1] for start in starts % self.epoch_tokens]
         buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
@@ -288,38 +280,37 @@ class DataLoaderLite:
 
 @dataclass
 class TrainConfig:
-    """One training run: each field is a flag, its comment the flag's help.
+    """One training run: a field is a flag, its comment the flag's help. What is None, one of the rows below fills."""
 
-    Whatever is None is filled from the row of defaults below that suits the machine.
-    """
-
-    data: str = "input.txt"  # the text to train on, UTF-8
-    model: str = "gpt2"  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
+    data: str = None  # a folder of shards or a text file; edu_fineweb10B if shards are there, else input.txt
+    model: str = None  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
     init_from: str = "scratch"  # scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder in Hugging Face's format
     batch_size: int = None  # B, sequences in a micro-batch: lower it when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
     total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
     max_steps: int = None  # updates of the weights
-    warmup_steps: int = 10  # updates over which the learning rate rises to max_lr
-    max_lr: float = 6e-4  # the learning rate's peak; it falls to a tenth of it
-    weight_decay: float = 0.1  # AdamW's, on the matrices alone
-    grad_clip: float = 1.0  # the gradient's largest norm; a longer one is shortened to it
+    warmup_steps: int = None  # updates over which the learning rate rises to max_lr
+    max_lr: float = None  # the learning rate's peak; it falls to a tenth of it
+    weight_decay: float = None  # AdamW's, on the matrices alone
+    grad_clip: float = None  # the gradient's largest norm; a longer one is shortened to it
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
     seed: int = 1337  # of the weights at the start
 
 
-LAPTOP = dict(batch_size=4, seq_len=64, total_batch_size=512, max_steps=40)
-LECTURE = dict(batch_size=16, seq_len=1024, total_batch_size=524288, max_steps=50)  # 2**19, near GPT-3's 0.5M
+LAPTOP = dict(model="gpt2", batch_size=4, seq_len=64, total_batch_size=512, max_steps=40, warmup_steps=10, max_lr=6e-4,
+              weight_decay=0.1, grad_clip=1.0)
+LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
+               max_lr=6e-4, weight_decay=0.1, grad_clip=1.0)  # GPT-3's (its paper, appendix B), over 10B tokens
 
 
 def fill_defaults(cfg, device):
-    """Return cfg with the fields that are None filled: the lecture's row on a CUDA GPU, else the laptop's.
-
-    How to compute, dtype and what follows it, is decided by what the device can do.
-    """
-    row = LECTURE if device.type == "cuda" else LAPTOP
+    """Return cfg, what is None filled by the lecture's row (a CUDA GPU and shards) or the laptop's, and by the device."""
+    if cfg.data is None:
+        cfg = replace(cfg, data=SHARDS if os.path.exists(f"{SHARDS}/edufineweb_train_000001.npy") else "input.txt")
+        print0(f"data: {cfg.data}" + (f" ({SHARDS} isn't there; python fineweb.py makes it)" * (cfg.data != SHARDS)))
+    row = LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP
     # compiling for a GPU takes Triton, which PyTorch lacks on Windows and which wants a V100 or later
     triton = device.type == "cuda" and find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
     row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32", compile=bool(triton))
@@ -487,11 +478,15 @@ def main(cfg):
     if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
     enc = gpt2_encoding()
-    tokens = load_tokens(cfg.data, enc)
+    try:
+        tokens, val = load_data(cfg.data, enc)
+    except (OSError, ValueError) as e:
+        fail(f"--data {cfg.data}: {e}")
     loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size, rank, world)
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len * world)
-    print0(f"1 update = {cfg.total_batch_size:,} tokens = {grad_accum_steps} micro-batches of "
-           f"{cfg.batch_size} x {cfg.seq_len} x {world}; 1 epoch = {loader.epoch_tokens:,} of {len(tokens):,} tokens")
+    print0(f"{len(tokens):,} tokens to train on, {len(val):,} for validation; 1 update = {cfg.total_batch_size:,} "
+           f"tokens = {grad_accum_steps} micro-batches of {cfg.batch_size} x {cfg.seq_len} x {world}; "
+           f"1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} updates")
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
     for step in range(cfg.max_steps):

@@ -1,18 +1,23 @@
 """The text, and how it is cut into batches."""
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import DataLoaderLite, gpt2_encoding, load_tokens
+import fineweb
+import hub
+from train_gpt2 import DataLoaderLite, TrainConfig, fill_defaults, gpt2_encoding, main
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 
 
 def test_input_txt():
     enc = gpt2_encoding()
-    tokens = load_tokens(INPUT, enc)
+    train, val = fineweb.load_data(INPUT, enc)
+    assert len(val) == 32_262  # the last tenth
+    tokens = np.concatenate((train, val))
     assert tokens.dtype == np.uint16 and len(tokens) == 322_612
     with open(INPUT, encoding="utf-8") as f:
         text = f.read()
@@ -21,18 +26,16 @@ def test_input_txt():
 
 
 @pytest.mark.parametrize("content, line", [
-    (None, "there is no text file 'my.txt' in {}; start in the folder that holds it"),
-    (b"", "'my.txt' is empty"),
-    (b"caf\xe9", "'my.txt' is not UTF-8 text"),
+    (None, "there is no such file or folder in {}; start in the folder that holds it"),
+    (b"", "it has 0 tokens, too few to train on nine tenths and validate on the last"),
+    (b"caf\xe9", "it is not UTF-8 text"),
 ])
-def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, capsys, content, line):
+def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, content, line):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / "my.txt").write_bytes(content)
-    with pytest.raises(SystemExit) as end:
-        load_tokens("my.txt", gpt2_encoding())
-    assert end.value.code == 2
-    assert capsys.readouterr().err == f"train_gpt2.py: {line.format(tmp_path)}\n"
+    with pytest.raises(ValueError, match=re.escape(line.format(tmp_path))):
+        fineweb.load_data("my.txt", gpt2_encoding())
 
 
 def test_batches_tile_the_text_and_the_epoch_wraps():
@@ -72,7 +75,7 @@ def test_a_text_shorter_than_a_batch(capsys):
         DataLoaderLite(np.arange(32, dtype=np.uint16), B=2, T=8, total_batch_size=32, rank=0, world=2)
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        "train_gpt2.py: the text has 32 tokens, and one micro-batch of 2 x 8 for each of 2 process(es) needs 33; "
+        "train_gpt2.py: 32 tokens are there to train on, and one micro-batch of 2 x 8 for each of 2 process(es) needs 33; "
         "lower --batch_size or --seq_len\n")
 
 
@@ -86,3 +89,74 @@ def test_processes_read_what_one_would_in_the_same_order():
                 for rank in ranks:
                     assert torch.equal(rank.next_batch()[0], one.next_batch()[0])
                 assert len({rank.position for rank in ranks}) == 1
+
+
+def write_shards(folder, documents=300, shard_size=3000):
+    """Write documents as shards of shard_size tokens into folder; return the tokens to train on, one after another."""
+    fineweb.start_worker(gpt2_encoding())
+    texts = [fineweb.tokenize(text) for text in hub.make_documents(documents)]
+    folder.mkdir()
+    for i, shard in enumerate(fineweb.cut(texts, shard_size)):
+        fineweb.write_shard(folder, i, shard)
+    return np.concatenate(texts)[shard_size:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_two_epochs_of_shards(tmp_path, world):
+    tokens = write_shards(tmp_path / "shards")  # a shard is no multiple of T
+    train, _ = fineweb.open_shards(tmp_path / "shards", 50257)
+    assert len(train.arrays) > 5 and len(train) == len(tokens)
+    B, T, total_batch_size = 2, 16, 512
+    epoch = (len(tokens) - 1) // total_batch_size * total_batch_size  # the rest, less than an update, is left out
+    ranks = [DataLoaderLite(train, B, T, total_batch_size, rank, world) for rank in range(world)]
+    for _ in range(2):
+        seen, targets = [], []
+        while not seen or ranks[0].position:
+            for rank in ranks:
+                x, y = rank.next_batch()
+                seen.append(x.flatten())
+                targets.append(y.flatten())
+            assert len({rank.position for rank in ranks}) == 1  # nobody drifts, at a shard's end or elsewhere
+        assert torch.cat(seen).tolist() == tokens[:epoch].tolist()
+        assert torch.cat(targets).tolist() == tokens[1 : epoch + 1].tolist()
+
+
+def test_all_processes_find_a_damaged_shard_at_the_same_batch(tmp_path, capsys):
+    write_shards(tmp_path / "shards")
+    path = tmp_path / "shards" / "edufineweb_train_000002.npy"  # its first token is read after 46.9 rows of 64
+    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
+    for rank in range(4):
+        train, _ = fineweb.open_shards(tmp_path / "shards", 50257)
+        loader = DataLoaderLite(train, B=2, T=64, total_batch_size=512, rank=rank, world=4)
+        for _ in range(5):
+            loader.next_batch()
+        with pytest.raises(SystemExit) as end:
+            loader.next_batch()
+        assert end.value.code == 2
+        assert capsys.readouterr().err == (
+            "train_gpt2.py: --data: edufineweb_train_000002.npy is damaged: its sha256 isn't the one in SHA256SUMS; "
+            "make it again by fineweb.py\n")
+
+
+def test_the_data_decide_on_the_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert fill_defaults(TrainConfig(), torch.device("cpu")).data == "input.txt"
+    assert capsys.readouterr().out == "data: input.txt (edu_fineweb10B isn't there; python fineweb.py makes it)\n"
+    write_shards(tmp_path / "edu_fineweb10B")
+    cfg = fill_defaults(TrainConfig(), torch.device("cpu"))
+    assert (cfg.data, cfg.total_batch_size) == ("edu_fineweb10B", 512)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    cfg = fill_defaults(TrainConfig(), torch.device("cuda"))
+    assert (cfg.total_batch_size, cfg.batch_size, cfg.max_steps, cfg.warmup_steps) == (2**19, 64, 19073, 715)
+    assert fill_defaults(TrainConfig(data=INPUT), torch.device("cuda")).total_batch_size == 512
+
+
+def test_a_run_from_shards(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokens = write_shards(tmp_path / "edu_fineweb10B")
+    main(TrainConfig(model="laptop", batch_size=2, seq_len=32, total_batch_size=128, max_steps=2, dtype="float32"))
+    out = capsys.readouterr().out
+    assert "data: edu_fineweb10B\n" in out and out.count("| loss: ") == 2
+    assert (f"{len(tokens):,} tokens to train on, 3,000 for validation; 1 update = 128 tokens = 2 micro-batches of 2 x 32 "
+            f"x 1; 1 epoch = {(len(tokens) - 1) // 128:,}.0 updates") in out

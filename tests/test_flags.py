@@ -56,9 +56,9 @@ def test_init_from_a_folder(run, tmp_path):
     (["--dtype", "float16"], "--dtype float16 is none of bfloat16, float32"),
     (["--total_batch_size", "100"], "--total_batch_size 100 is not a multiple of batch_size x seq_len"),
     (["--seq_len", "2048", "--total_batch_size", "4096"], "--seq_len 2048 is over the model's block size, 1024"),
-    (["--data", "no.txt"], "there is no text file 'no.txt' in "),
-    (["--data", "empty.txt"], "'empty.txt' is empty"),
-    (["--data", "short.txt"], "the text has 3 tokens, and one micro-batch of 2 x 16"),
+    (["--data", "no.txt"], "--data no.txt: there is no such file or folder in "),
+    (["--data", "short.txt"], "--data short.txt: it has 3 tokens, too few to train on"),
+    (["--data", "folder"], "--data folder: it holds no edufineweb_val_*.npy; python fineweb.py writes them"),
     (["--device", "cuda"], "--device cuda: it can't be used here"),
     (["--device", "gpu"], "--device gpu is none of cuda, mps, cpu"),
     (["--init_from", "gpt2-huge"], "--init_from gpt2-huge: 'gpt2-huge' is neither a folder nor one of gpt2, "),
@@ -74,9 +74,9 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, l
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("To be or")
     (tmp_path / "hollow").mkdir()
+    (tmp_path / "folder").mkdir()
     if "small" in flags:
         offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=16)
     if "words" in flags:
@@ -95,7 +95,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, l
     (["--learning_rate", "1"], "train_gpt2.py: unrecognized arguments: --learning_rate 1\n"),
     (["--init_from", "gpt2-huge"], "train_gpt2.py: --init_from gpt2-huge: 'gpt2-huge' is neither a folder nor one of "
                                    "gpt2, gpt2-medium, gpt2-large, gpt2-xl\n"),
-    ([], "train_gpt2.py: there is no text file 'input.txt' in {}; start in the folder that holds it\n"),
+    ([], "train_gpt2.py: --data input.txt: there is no such file or folder in {}; start in the folder that holds it\n"),
 ])
 def test_the_program_then_ends_with_status_2(run, tmp_path, flags, line):
     done = run("--model", "laptop", "--device", "cpu", *flags)

@@ -96,7 +96,7 @@ def test_learning_rate():
 def test_the_optimizer_gets_the_scheduled_rate(capsys):
     _, _, out = train(capsys, max_steps=12, max_lr=1e-3)
     printed = [float(lr) for lr in re.findall(r"\| lr (\S+) \|", out)]
-    cfg = TrainConfig(max_lr=1e-3, max_steps=12)
+    cfg = TrainConfig(max_lr=1e-3, max_steps=12, warmup_steps=10)
     assert printed == pytest.approx([get_lr(step, cfg) for step in range(12)], rel=1e-3)
     start = train(capsys, max_lr=1e-30, max_steps=1)[0]
     one = train(capsys, max_lr=1e-3, max_steps=1)[0]  # Adam's first step moves by the rate: a tenth of the peak
