@@ -293,6 +293,8 @@ class TrainConfig:
     max_lr: float = None  # the learning rate's peak; it falls to a tenth of it
     weight_decay: float = None  # AdamW's, on the matrices alone
     grad_clip: float = None  # the gradient's largest norm; a longer one is shortened to it
+    eval_interval: int = None  # updates between two measurements of the validation loss; 0: never
+    val_tokens: int = None  # how many tokens the validation loss is measured on, at most
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
@@ -300,9 +302,9 @@ class TrainConfig:
 
 
 LAPTOP = dict(model="gpt2", batch_size=4, seq_len=64, total_batch_size=512, max_steps=40, warmup_steps=10, max_lr=6e-4,
-              weight_decay=0.1, grad_clip=1.0)
+              weight_decay=0.1, grad_clip=1.0, eval_interval=20, val_tokens=4096)
 LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
-               max_lr=6e-4, weight_decay=0.1, grad_clip=1.0)  # GPT-3's (its paper, appendix B), over 10B tokens
+               max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19)  # GPT-3's
 
 
 def fill_defaults(cfg, device):
@@ -330,10 +332,10 @@ def parse_flags(argv=None):
 
 def check(cfg, world):
     """End the program where a setting of cfg, a filled one, can't work with world processes."""
-    for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip"):
+    for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens"):
         if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
             fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
-    for name in ("warmup_steps", "weight_decay", "seed"):
+    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval"):
         if not 0 <= getattr(cfg, name) < 2**63:
             fail(f"--{name} {getattr(cfg, name)} is not 0 or a number above it")
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
@@ -443,6 +445,28 @@ def accumulate_gradients(model, loader, micro_steps, dtype):
     return mean_loss
 
 
+@torch.no_grad()
+def evaluate(model, tokens, B, T, dtype, rank=0, world=1):
+    """Return the mean loss, in nats a token, of predicting tokens[1:], in rows of T.
+
+    The batches of B rows are dealt out to the processes; they are the same ones for any number of these.
+    """
+    device = next(model.parameters()).device
+    total = 0.0
+    for start in range(rank * B * T, len(tokens) - 1, world * B * T):
+        part = tokens[start : start + B * T + 1]
+        n = len(part) - 1  # B * T, but less in the last batch
+        x, y = np.zeros(B * T, dtype=np.int64), np.full(B * T, -100)  # where y is -100, cross_entropy doesn't look
+        x[:n], y[:n] = part[:-1], part[1:]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = model(*(torch.from_numpy(a).view(B, T).to(device) for a in (x, y)))
+        total += n * loss.item()
+    if world > 1:
+        total = torch.tensor(total, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+    return float(total) / (len(tokens) - 1)
+
+
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -480,16 +504,30 @@ def main(cfg):
     enc = gpt2_encoding()
     try:
         tokens, val = load_data(cfg.data, enc)
+        val = val[: cfg.val_tokens + 1]
     except (OSError, ValueError) as e:
         fail(f"--data {cfg.data}: {e}")
     loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size, rank, world)
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len * world)
-    print0(f"{len(tokens):,} tokens to train on, {len(val):,} for validation; 1 update = {cfg.total_batch_size:,} "
+    print0(f"{len(tokens):,} tokens to train on, {len(val) - 1:,} to validate; 1 update = {cfg.total_batch_size:,} "
            f"tokens = {grad_accum_steps} micro-batches of {cfg.batch_size} x {cfg.seq_len} x {world}; "
            f"1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} updates")
+    token_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.eot_token)] + [0])
+    bytes_per_token = token_bytes[val[1:]].mean()  # of what is predicted; <|endoftext|> has none
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
 
-    for step in range(cfg.max_steps):
+    for step in range(cfg.max_steps + 1):
+        last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
+
+        def due(interval):
+            return interval and (step % interval == 0 or last)
+
+        if due(cfg.eval_interval):
+            val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)
+            bits = val_loss / math.log(2)
+            print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits / bytes_per_token:.4f}")
+        if last:
+            break
         t0 = time.perf_counter()
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:

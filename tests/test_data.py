@@ -158,5 +158,5 @@ def test_a_run_from_shards(tmp_path, monkeypatch, capsys):
     main(TrainConfig(model="laptop", batch_size=2, seq_len=32, total_batch_size=128, max_steps=2, dtype="float32"))
     out = capsys.readouterr().out
     assert "data: edu_fineweb10B\n" in out and out.count("| loss: ") == 2
-    assert (f"{len(tokens):,} tokens to train on, 3,000 for validation; 1 update = 128 tokens = 2 micro-batches of 2 x 32 "
+    assert (f"{len(tokens):,} tokens to train on, 2,999 to validate; 1 update = 128 tokens = 2 micro-batches of 2 x 32 "
             f"x 1; 1 epoch = {(len(tokens) - 1) // 128:,}.0 updates") in out

@@ -9,7 +9,8 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FLAGS = ("--data", os.path.join(ROOT, "input.txt"), "--model", "laptop", "--batch_size", "2", "--seq_len", "32",
-         "--total_batch_size", "256", "--max_steps", "20", "--max_lr", "3e-3", "--dtype", "float32", "--device", "cpu")
+         "--total_batch_size", "256", "--max_steps", "20", "--max_lr", "3e-3", "--dtype", "float32", "--device", "cpu",
+         "--weight_decay", "0.1", "--eval_interval", "10", "--val_tokens", "1000")
 PROBE = """
 import os, torch, train_gpt2
 model = train_gpt2.main(train_gpt2.parse_flags())
@@ -30,6 +31,10 @@ def losses(out):
     return [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)]
 
 
+def val_losses(out):
+    return [float(loss) for loss in re.findall(r"val loss: (\d+\.\d{6})", out)]
+
+
 def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     alone = subprocess.run([sys.executable, "probe.py", *FLAGS], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=ROOT),
@@ -39,6 +44,9 @@ def test_two_processes_train_like_one(tmp_path):
     one, two = losses(alone), losses(together)
     assert len(one) == len(two) == 20  # and printed once, not by both
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4
+    # after 0 updates the weights are equal to the last bit, and so is the loss, whoever computed which batch
+    assert val_losses(alone)[0] == val_losses(together)[0] and len(val_losses(alone)) == len(val_losses(together)) == 3
+    assert max(abs(a - b) for a, b in zip(val_losses(alone), val_losses(together))) < 1e-4
     first, second = (torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     lone = torch.load(tmp_path / "weightsalone.pt")

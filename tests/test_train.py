@@ -6,16 +6,22 @@ import re
 import pytest
 import torch
 
-from train_gpt2 import (GPT, DataLoaderLite, GPTConfig, TrainConfig, accumulate_gradients, configure_optimizer, get_lr,
-                        main)
+from train_gpt2 import (GPT, SIZES, DataLoaderLite, GPTConfig, TrainConfig, accumulate_gradients, configure_optimizer,
+                        get_lr, main)
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SIZES, "laptop", dict(n_layer=4, n_head=4, n_embd=128))  # whatever it is in a real run
 
 
 def train(capsys, **settings):
     """Train the laptop's model as settings say; return (the model, the losses printed, all that was printed)."""
     cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, total_batch_size=128, max_steps=20, max_lr=3e-3,
-               dtype="float32")
+               dtype="float32", warmup_steps=10, weight_decay=0.1, eval_interval=0)
     model = main(TrainConfig(**(cfg | settings)))
     out = capsys.readouterr().out
     return model, [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)], out

@@ -1,0 +1,103 @@
+"""What a run does beside training: the validation loss, and so on."""
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import fineweb
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig, TrainConfig, evaluate, gpt2_encoding, main
+
+INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    """Run each test in an empty folder, with a text and with a model that learns it in no time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_gpt2.SIZES, "laptop", dict(n_layer=2, n_head=2, n_embd=16))
+    with open(INPUT, encoding="utf-8") as f:
+        (tmp_path / "text.txt").write_text(f.read(20_000), encoding="utf-8")
+
+
+def train(capsys, **settings):
+    """Train the small model as settings say; return (the model, all that was printed, without the times)."""
+    cfg = dict(data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6, max_lr=1e-2,
+               warmup_steps=1, dtype="float32", device="cpu", eval_interval=0)
+    capsys.readouterr()
+    model = main(TrainConfig(**(cfg | settings)))
+    return model, re.sub(r"dt: .*", "", capsys.readouterr().out)
+
+
+def losses(out):
+    return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
+
+
+@pytest.mark.parametrize("B, T", [(1, 16), (3, 16), (4, 8)])
+def test_validation_loss_is_that_of_every_token_once(B, T):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=16))
+    tokens = np.random.default_rng(0).integers(100, size=103).astype(np.uint16)  # 102 to predict: no multiple of T
+    total = 0.0
+    for start in range(0, 102, T):  # a row at a time, without a batch
+        row = torch.from_numpy(tokens[start : start + T + 1].astype(np.int64))
+        with torch.no_grad():
+            logits, _ = model(row[None, :-1])
+        total -= sum(logits[0, i].log_softmax(-1)[row[i + 1]].item() for i in range(len(row) - 1))
+    assert evaluate(model, tokens, B, T, "float32") == pytest.approx(total / 102, abs=1e-5)
+
+
+def test_bits_per_byte(capsys):
+    model, out = train(capsys, eval_interval=4, max_steps=6)
+    found = re.findall(r"^step +(\d+) \| val loss: (\d+\.\d{6}) \| bits per byte: (\d+\.\d{4})$", out, re.M)
+    assert [int(step) for step, _, _ in found] == [0, 4, 6]  # and after the last update
+    with open("text.txt", encoding="utf-8") as f:
+        text = f.read()
+    tokens = gpt2_encoding().encode_ordinary(text)
+    val = tokens[len(tokens) * 9 // 10 :]
+    size = len(gpt2_encoding().decode_bytes(val[1:]))
+    assert size > 1500
+    for _, loss, bits in found:
+        assert float(bits) == pytest.approx(float(loss) / math.log(2) * (len(val) - 1) / size, abs=1e-4)
+    assert float(found[2][1]) == pytest.approx(evaluate(model, np.array(val), 7, 16, "float32"), abs=1e-5)
+    assert float(found[2][1]) < float(found[0][1]) - 0.2
+
+
+def test_end_of_text_has_no_bytes(capsys):
+    os.mkdir("shards")
+    tokens = np.array([50256, 464, 3290, 50256, 464, 3797] * 50, dtype=np.uint16)  # The dog, The cat
+    for i in range(2):
+        fineweb.write_shard("shards", i, tokens)
+    _, out = train(capsys, data="shards", eval_interval=1, max_steps=1)
+    loss, bits = re.search(r"val loss: (\S+) \| bits per byte: (\S+)", out).groups()
+    size = 50 * len("The dogThe cat")
+    assert float(bits) == pytest.approx(float(loss) / math.log(2) * 299 / size, abs=1e-4)
+
+
+def test_a_damaged_validation_shard_is_one_line(capsys, tmp_path):
+    os.mkdir("shards")
+    for i in range(2):
+        fineweb.write_shard("shards", i, np.arange(500, dtype=np.uint16))
+    path = tmp_path / "shards" / "edufineweb_val_000000.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(SystemExit) as end:
+        train(capsys, data="shards", eval_interval=1)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("train_gpt2.py: --data shards: edufineweb_val_000000.npy is damaged: ")
+
+
+def test_val_tokens_limits_the_measurement(capsys):
+    model, out = train(capsys, eval_interval=6, val_tokens=50)
+    tokens = gpt2_encoding().encode_ordinary(open("text.txt", encoding="utf-8").read())
+    val = np.array(tokens[len(tokens) * 9 // 10 :][:51])
+    assert f"val loss: {evaluate(model, val, 2, 16, 'float32'):.6f}" in out
+
+
+def test_evaluation_changes_nothing(capsys):
+    model, out = train(capsys)
+    other, with_all = train(capsys, eval_interval=1)
+    assert losses(with_all) == losses(out) and len(losses(out)) == 6
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
