@@ -295,6 +295,7 @@ class TrainConfig:
     grad_clip: float = None  # the gradient's largest norm; a longer one is shortened to it
     eval_interval: int = None  # updates between two measurements of the validation loss; 0: never
     val_tokens: int = None  # how many tokens the validation loss is measured on, at most
+    sample_interval: int = None  # updates between two rounds of samples; 0: never
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
@@ -302,9 +303,10 @@ class TrainConfig:
 
 
 LAPTOP = dict(model="gpt2", batch_size=4, seq_len=64, total_batch_size=512, max_steps=40, warmup_steps=10, max_lr=6e-4,
-              weight_decay=0.1, grad_clip=1.0, eval_interval=20, val_tokens=4096)
+              weight_decay=0.1, grad_clip=1.0, eval_interval=20, val_tokens=4096, sample_interval=20)
 LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
-               max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19)  # GPT-3's
+               max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19,
+               sample_interval=250)  # GPT-3's (its paper, appendix B), over 10B tokens
 
 
 def fill_defaults(cfg, device):
@@ -335,7 +337,7 @@ def check(cfg, world):
     for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens"):
         if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
             fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
-    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval"):
+    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval"):
         if not 0 <= getattr(cfg, name) < 2**63:
             fail(f"--{name} {getattr(cfg, name)} is not 0 or a number above it")
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
@@ -526,6 +528,9 @@ def main(cfg):
             val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)
             bits = val_loss / math.log(2)
             print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits / bytes_per_token:.4f}")
+        if due(cfg.sample_interval):
+            for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
+                print0(">", text)
         if last:
             break
         t0 = time.perf_counter()
@@ -544,9 +549,6 @@ def main(cfg):
         print0(f"step {step:5d} | loss: {loss.item():.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
                f"dt: {1000 * dt:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}")
 
-    if rank == 0:
-        for text in sample(model, enc, "Hello, I'm a language model,"):
-            print(">", text)
     if world > 1:
         dist.destroy_process_group()
     return model

@@ -10,7 +10,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FLAGS = ("--data", os.path.join(ROOT, "input.txt"), "--model", "laptop", "--batch_size", "2", "--seq_len", "32",
          "--total_batch_size", "256", "--max_steps", "20", "--max_lr", "3e-3", "--dtype", "float32", "--device", "cpu",
-         "--weight_decay", "0.1", "--eval_interval", "10", "--val_tokens", "1000")
+         "--weight_decay", "0.1", "--eval_interval", "10", "--val_tokens", "1000", "--sample_interval", "0")
 PROBE = """
 import os, torch, train_gpt2
 model = train_gpt2.main(train_gpt2.parse_flags())

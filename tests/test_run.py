@@ -1,4 +1,4 @@
-"""What a run does beside training: the validation loss, and so on."""
+"""What a run does beside training: the validation loss, samples."""
 import math
 import os
 import re
@@ -26,7 +26,7 @@ def small(tmp_path, monkeypatch):
 def train(capsys, **settings):
     """Train the small model as settings say; return (the model, all that was printed, without the times)."""
     cfg = dict(data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6, max_lr=1e-2,
-               warmup_steps=1, dtype="float32", device="cpu", eval_interval=0)
+               warmup_steps=1, dtype="float32", device="cpu", eval_interval=0, sample_interval=0)
     capsys.readouterr()
     model = main(TrainConfig(**(cfg | settings)))
     return model, re.sub(r"dt: .*", "", capsys.readouterr().out)
@@ -96,8 +96,17 @@ def test_val_tokens_limits_the_measurement(capsys):
     assert f"val loss: {evaluate(model, val, 2, 16, 'float32'):.6f}" in out
 
 
-def test_evaluation_changes_nothing(capsys):
-    model, out = train(capsys)
-    other, with_all = train(capsys, eval_interval=1)
+@pytest.mark.parametrize("compile", [False, True])
+def test_evaluation_and_samples_change_nothing(capsys, compile):
+    model, out = train(capsys, compile=compile)
+    other, with_all = train(capsys, compile=compile, eval_interval=1, sample_interval=1)
     assert losses(with_all) == losses(out) and len(losses(out)) == 6
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert with_all.count("val loss") == 7 and with_all.count("\n> Hello, I'm a language model,") == 28
+
+
+def test_samples_are_the_models(capsys):
+    model, out = train(capsys, sample_interval=4)
+    texts = train_gpt2.sample(model, gpt2_encoding(), "Hello, I'm a language model,")
+    assert out.endswith("".join(f"> {text}\n" for text in texts)) and len(set(texts)) == 4
+    assert out.count("\n> Hello, I'm a language model,") == 12  # at 0, 4 and 6
