@@ -1,0 +1,96 @@
+"""HellaSwag (Zellers et al. 2019, "Can a Machine Really Finish Your Sentence?"): which of four endings fits a text?
+
+    python hellaswag.py    # downloads the validation set, 10,042 examples
+
+An example is a dict: ctx, the text; endings, four of them; label, the number of the right one.
+"""
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+
+from tqdm import tqdm
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+PATH = "hellaswag_val.jsonl"
+EXAMPLES = 10_042  # as many lines the file has
+
+
+def download(path=PATH, url=URL):
+    """Fetch the validation set to path, unless it is there. Where a try breaks off, the next one goes on.
+
+    Raises OSError, which says how to do it by hand, where the set can't be had.
+    """
+    if os.path.exists(path):
+        return
+    part = path + ".part"
+    for wait in (1, 2, 4, 8, None):  # seconds until the next try
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                have *= answer.status == 206  # 200: a server that doesn't know ranges sends all of it again
+                total = None if answer.length is None else have + answer.length
+                with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True,
+                                                                   desc=path) as bar:
+                    while block := answer.read(2**16):
+                        f.write(block)
+                        bar.update(len(block))
+                    f.flush()
+                    os.fsync(f.fileno())
+            if total in (None, os.path.getsize(part)):
+                break
+            problem = f"the connection was cut after {os.path.getsize(part):,} of {total:,} bytes"
+        except urllib.error.HTTPError as e:  # the server's answer is a refusal
+            problem = f"HTTP status {e.code}"
+            if e.code == 416:  # there is nothing after what is here
+                break
+            if e.code < 500 and e.code != 429:  # it will say so again
+                wait = None
+        except (OSError, http.client.HTTPException) as e:  # no answer, half of one, or no room for it
+            problem = str(getattr(e, "reason", e))
+        if wait is None:
+            raise OSError(f"{url}: {problem}; download it by hand, by whatever way there is, and save it as {path}")
+        print(f"{url}: {problem}; trying again in {wait} s", file=sys.stderr)
+        time.sleep(wait)
+    with open(part, "rb") as f:
+        lines = sum(1 for _ in f)
+    if lines != EXAMPLES:
+        os.remove(part)
+        raise OSError(f"{url} sent {lines:,} lines, where HellaSwag has {EXAMPLES:,}: something else answered")
+    os.replace(part, path)
+
+
+def read_examples(path=PATH):
+    """Return the examples in the file at path, a JSON object a line.
+
+    Raises OSError where it can't be read, ValueError, with the line's number, where a line isn't an example.
+    """
+    examples = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                example = json.loads(line)
+                texts = [example["ctx"], *example["endings"]]
+                if len(texts) != 5 or not all(isinstance(text, str) and text for text in texts):
+                    raise ValueError("ctx or one of four endings is missing")
+                if example["label"] not in range(4):
+                    raise ValueError("its label isn't 0, 1, 2 or 3")
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{path}, line {number}: not an example of HellaSwag ({e})") from e
+            examples.append(example)
+    if not examples:
+        raise ValueError(f"{path} is empty")
+    return examples
+
+
+if __name__ == "__main__":
+    try:
+        download()
+        print(f"{PATH}: {len(read_examples()):,} examples")
+    except (OSError, ValueError) as e:
+        print(f"hellaswag.py: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,118 @@
+"""hellaswag.py: the download from a server on loopback that has faults, and the scores against Hugging Face's model."""
+import os
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import hellaswag
+
+EXAMPLES = os.path.join(os.path.dirname(__file__), "hellaswag.jsonl")  # 200 in HellaSwag's format, of input.txt's lines
+FILE = b"".join(b'{"ind": %d}\n' % i for i in range(10_042))
+
+
+@pytest.fixture(autouse=True)
+def hellaswag_py(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py"])
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers one request after another as the list `behaviours` says."""
+
+    def do_GET(self):
+        behaviour = self.server.behaviours.pop(0)
+        self.server.ranges.append(self.headers["Range"])
+        if isinstance(behaviour, int):
+            return self.send_error(behaviour)
+        first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        body = b"<html>Please sign in</html>" if behaviour == "portal" else FILE
+        if behaviour in ("whole", "portal"):  # no ranges here
+            first = 0
+        self.send_response(200 if behaviour in ("whole", "portal") else 206)
+        self.send_header("Content-Length", str(len(body) - first))
+        self.end_headers()
+        self.wfile.write(body[first : len(body) // 2 if behaviour == "cut" else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def fetch(tmp_path, monkeypatch):
+    """Return a function that downloads from a server with the behaviours given; it returns the ranges asked for."""
+    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def fetch(*behaviours):
+        server.behaviours, server.ranges = list(behaviours), []
+        hellaswag.download(str(tmp_path / "val.jsonl"), f"http://127.0.0.1:{server.server_port}/val.jsonl")
+        return server.ranges
+    yield fetch
+    server.shutdown()
+
+
+@pytest.mark.parametrize("behaviours, ranges", [
+    (["good"], [0]),
+    ([503, 429, "good"], [0, 0, 0]),
+    (["cut", "good"], [0, len(FILE) // 2]),  # what came is kept
+    (["cut", 503, "cut", "good"], [0, len(FILE) // 2, len(FILE) // 2, len(FILE) // 2]),
+    (["cut", "whole"], [0, len(FILE) // 2]),
+])
+def test_download(fetch, tmp_path, behaviours, ranges):
+    assert fetch(*behaviours) == [f"bytes={first}-" for first in ranges]
+    assert (tmp_path / "val.jsonl").read_bytes() == FILE
+    assert [path.name for path in tmp_path.iterdir()] == ["val.jsonl"]
+    assert fetch() == []  # it is there
+
+
+@pytest.mark.parametrize("behaviours, problem", [
+    ([404], "HTTP status 404; download it by hand"),
+    ([503] * 5, "HTTP status 503; download it by hand"),
+    (["portal"], "sent 1 lines, where HellaSwag has 10,042: something else answered"),
+    (["cut"] + [503] * 4, "HTTP status 503; download it by hand"),
+])
+def test_a_download_that_fails(fetch, tmp_path, behaviours, problem):
+    with pytest.raises(OSError, match=problem):
+        fetch(*behaviours)
+    assert not (tmp_path / "val.jsonl").exists()
+    kept = [FILE[: len(FILE) // 2]] if "cut" in behaviours else []
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == kept
+
+
+def test_a_part_of_something_else_is_not_gone_on_with(fetch, tmp_path):
+    (tmp_path / "val.jsonl.part").write_bytes(FILE + b"more")
+    with pytest.raises(OSError, match="10,043 lines"):
+        fetch(416)
+    assert fetch("good") == ["bytes=0-"]
+
+
+def test_a_whole_file_that_lacks_only_its_name(fetch, tmp_path):
+    (tmp_path / "val.jsonl.part").write_bytes(FILE)
+    assert fetch(416) == [f"bytes={len(FILE)}-"]
+    assert (tmp_path / "val.jsonl").read_bytes() == FILE
+
+
+def test_no_server(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(hellaswag.time, "sleep", waits.append)
+    path = str(tmp_path / "val.jsonl")
+    with pytest.raises(OSError, match=f"refused; download it by hand, by whatever way there is, and save it as {path}"):
+        hellaswag.download(path, "http://127.0.0.1:9/val.jsonl")
+    assert waits == [1, 2, 4, 8]
+
+
+def test_examples():
+    examples = hellaswag.read_examples(EXAMPLES)
+    assert len(examples) == 200 and {example["label"] for example in examples} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("line", ['{"ctx": "a"', "[1]", '{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}',
+                                  '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 4}',
+                                  '{"ctx": "a", "endings": ["b", "c", "d", ""], "label": 1}'])
+def test_a_line_that_is_no_example(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 3}\n' + line)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not an example of HellaSwag"):
+        hellaswag.read_examples(str(tmp_path / "a.jsonl"))
