@@ -2,7 +2,8 @@
 
     python hellaswag.py    # downloads the validation set, 10,042 examples
 
-An example is a dict: ctx, the text; endings, four of them; label, the number of the right one.
+An example is a dict: ctx, the text; endings, four of them; label, the number of the right one. A language model answers
+by the ending that it finds likeliest after ctx.
 """
 import http.client
 import json
@@ -12,6 +13,8 @@ import time
 import urllib.error
 import urllib.request
 
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -85,6 +88,49 @@ def read_examples(path=PATH):
     if not examples:
         raise ValueError(f"{path} is empty")
     return examples
+
+
+def render(example, enc):
+    """Return (tokens, mask) of example: (4, T) int64, a row for each ending after the context; mask is 1 at the ending.
+
+    Shorter rows are filled up with 0 on the right, where nothing that counts can see it.
+    """
+    context = enc.encode_ordinary(example["ctx"])
+    endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]  # a word's token has its space
+    T = len(context) + max(len(ending) for ending in endings)
+    tokens, mask = torch.zeros(4, T, dtype=torch.int64), torch.zeros(4, T, dtype=torch.int64)
+    for row, ending in enumerate(endings):
+        end = len(context) + len(ending)
+        tokens[row, :end] = torch.tensor(context + ending)
+        mask[row, len(context) : end] = 1
+    return tokens, mask
+
+
+@torch.no_grad()
+def score(model, enc, example, dtype="float32"):
+    """Return what each of example's endings costs model, in nats: (4,) float32 on the CPU, summed over its tokens.
+
+    And, as (4,) too, how many tokens it has. dtype: bfloat16 for autocast, float32 for none.
+    """
+    device = next(model.parameters()).device
+    tokens, mask = (t.to(device) for t in render(example, enc))  # (4, T) each
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits, _ = model(tokens)  # (4, T, vocab_size)
+    # in float32, whatever the model ran in: bfloat16 would round each loss and their sum to three digits
+    rows, targets = logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()  # (4 * (T - 1), vocab_size)
+    losses = F.cross_entropy(rows, targets, reduction="none").view(4, -1)  # (4, T - 1)
+    return (losses * mask[:, 1:]).sum(1).cpu(), mask.sum(1).cpu()
+
+
+def costs(model, enc, example, dtype="float32"):
+    """Return (3, 4) float32: what each of example's endings costs, as a whole, a token of it, and a character of it.
+
+    The cheapest is the model's answer. A long ending costs more as a whole and may still be right: a token's mean is
+    what the curves of GPT-2 and GPT-3 show, a character's mean is what EleutherAI's harness calls acc_norm.
+    """
+    sums, counts = score(model, enc, example, dtype)
+    characters = torch.tensor([len(ending) for ending in example["endings"]])
+    return torch.stack((sums, sums / counts, sums / characters))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import offline
 import pytest
+import torch
 
 import hellaswag
+from train_gpt2 import GPT, gpt2_encoding
 
 EXAMPLES = os.path.join(os.path.dirname(__file__), "hellaswag.jsonl")  # 200 in HellaSwag's format, of input.txt's lines
 FILE = b"".join(b'{"ind": %d}\n' % i for i in range(10_042))
@@ -116,3 +119,61 @@ def test_a_line_that_is_no_example(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 3}\n' + line)
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not an example of HellaSwag"):
         hellaswag.read_examples(str(tmp_path / "a.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def model_and_theirs(tmp_path_factory):
+    """Return one random GPT-2 twice: ours, and Hugging Face's GPT2LMHeadModel."""
+    from transformers import GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("stand-in")
+    offline.save_random_gpt2(folder, n_layer=2, n_head=2, n_embd=32, n_positions=256)
+    return GPT.from_pretrained(str(folder)), GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def our_costs(model_and_theirs):
+    """Return [hellaswag.costs of each example]."""
+    enc = gpt2_encoding()
+    return [hellaswag.costs(model_and_theirs[0], enc, example) for example in hellaswag.read_examples(EXAMPLES)]
+
+
+@pytest.fixture(scope="module")
+def their_losses(model_and_theirs):
+    """Return [(loss of each token of each ending, characters of each ending), ...] by Hugging Face, a row at a time."""
+    enc, result = gpt2_encoding(), []
+    for example in hellaswag.read_examples(EXAMPLES):
+        rows = []
+        for ending in example["endings"]:
+            context, tokens = enc.encode_ordinary(example["ctx"]), enc.encode_ordinary(" " + ending)
+            with torch.no_grad():
+                output = model_and_theirs[1](torch.tensor([context + tokens]), logits_to_keep=len(tokens) + 1)
+            logits = output.logits[0, :-1]  # (n, vocab_size), of the n tokens of the ending
+            rows.append((-logits.log_softmax(-1))[range(len(tokens)), tokens].tolist())
+        result.append((rows, [len(ending) for ending in example["endings"]]))
+    return result
+
+
+def test_every_loss_is_hugging_faces(our_costs, their_losses):
+    assert len(our_costs) == 200
+    for cost, (rows, characters) in zip(our_costs, their_losses, strict=True):
+        expected = torch.tensor([[sum(row), sum(row) / len(row), sum(row) / n] for row, n in zip(rows, characters)]).T
+        assert torch.allclose(cost, expected, rtol=1e-6, atol=1e-4)  # (3, 4)
+
+
+def test_padding_counts_for_nothing(model_and_theirs):
+    endings = ["He runs.", "He stops and looks around for a while.", "No.", "Yes."]
+    example = dict(ctx="A man walks.", endings=endings, label=0)
+    tokens, mask = hellaswag.render(example, gpt2_encoding())
+    assert tokens.shape == mask.shape == (4, 4 + 9)
+    assert mask.sum(1).tolist() == [3, 9, 2, 2] and mask[:, :4].sum() == 0
+    assert gpt2_encoding().decode(tokens[1].tolist()) == "A man walks. He stops and looks around for a while."
+
+
+def test_under_autocast_the_logits_are_summed_in_float32(model_and_theirs):
+    example = hellaswag.read_examples(EXAMPLES)[0]
+    exact, _ = hellaswag.score(model_and_theirs[0], gpt2_encoding(), example)
+    sums, _ = hellaswag.score(model_and_theirs[0], gpt2_encoding(), example, "bfloat16")
+    assert sums.dtype == torch.float32 and not torch.equal(sums, exact)
+    assert ((sums - exact) / exact).abs().max() < 0.01
+    assert not torch.equal(sums, sums.bfloat16().float())  # finer than what bfloat16 can tell apart
