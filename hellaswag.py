@@ -1,12 +1,14 @@
 """HellaSwag (Zellers et al. 2019, "Can a Machine Really Finish Your Sentence?"): which of four endings fits a text?
 
-    python hellaswag.py    # downloads the validation set, 10,042 examples
+    python hellaswag.py -m gpt2                 # scores OpenAI's model
 
 An example is a dict: ctx, the text; endings, four of them; label, the number of the right one. A language model answers
 by the ending that it finds likeliest after ctx.
 """
+import argparse
 import http.client
 import json
+import math
 import os
 import sys
 import time
@@ -133,10 +135,53 @@ def costs(model, enc, example, dtype="float32"):
     return torch.stack((sums, sums / counts, sums / characters))
 
 
-if __name__ == "__main__":
+def count_right(model, enc, examples, dtype="float32", show=0):
+    """Return how many of examples model gets right: [by the whole ending's cost, by a token's, by a character's].
+
+    The first `show` of them are printed with their costs a token.
+    """
+    right = torch.zeros(3, dtype=torch.int64)
+    for number, example in enumerate(tqdm(examples, unit=" examples", disable=not show)):
+        cost = costs(model, enc, example, dtype)
+        right += cost.argmin(1) == example["label"]
+        if number < show:
+            tqdm.write(f"\n{example['ctx']}")
+            for row, ending in enumerate(example["endings"]):
+                marks = ("*" if row == cost[1].argmin() else " ") + ("+" if row == example["label"] else " ")
+                tqdm.write(f"  {marks} {cost[1, row]:.4f}  {ending}")
+    return right.tolist()
+
+
+def main(argv=None):
+    """Score a model and print its accuracies. Ends the program, status 2, where that can't be done."""
+    from train_gpt2 import OPENAI_SIZES, GPT, fail, gpt2_encoding, pick_device  # not above: it is to import this file
+
+    parser = argparse.ArgumentParser(description="Score a GPT-2 on HellaSwag's validation set.")
+    parser.error = fail  # argparse's own prints a usage block first
+    parser.add_argument("-m", "--model", default="gpt2", help=f"{', '.join(OPENAI_SIZES)}, or a folder in Hugging Face's "
+                        "format")
+    parser.add_argument("-d", "--device", help="cuda, mps or cpu; the best there is if not given")
+    parser.add_argument("--data", help=f"the examples, a JSON object a line; {PATH} (downloaded) if not given")
+    parser.add_argument("--limit", type=int, help="no more than so many of them")
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit} is not a number above 0")
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")
     try:
-        download()
-        print(f"{PATH}: {len(read_examples()):,} examples")
+        if args.data is None:
+            download()
+        examples = read_examples(args.data or PATH)[: args.limit]
+        model = GPT.from_pretrained(args.model)
+        right = count_right(model.to(device), gpt2_encoding(), examples, show=5)
     except (OSError, ValueError) as e:
-        print(f"hellaswag.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(e).splitlines()[0])
+    n = len(examples)
+    print(f"{args.model}, {n:,} examples, accuracy by")
+    for way, count in zip(("the whole ending's loss", "its mean loss a token", "its mean loss a character"), right):
+        p = count / n
+        print(f"  {way:25s} {p:.4f} +- {math.sqrt(p * (1 - p) / max(1, n - 1)):.4f}")
+
+
+if __name__ == "__main__":
+    main()

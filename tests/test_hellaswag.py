@@ -177,3 +177,54 @@ def test_under_autocast_the_logits_are_summed_in_float32(model_and_theirs):
     assert sums.dtype == torch.float32 and not torch.equal(sums, exact)
     assert ((sums - exact) / exact).abs().max() < 0.01
     assert not torch.equal(sums, sums.bfloat16().float())  # finer than what bfloat16 can tell apart
+
+
+def right_by_hugging_face(their_losses, n):
+    """Return how many of the first n examples are right: [by sum, by token, by character]."""
+    right = [0, 0, 0]
+    for example, (rows, characters) in list(zip(hellaswag.read_examples(EXAMPLES), their_losses))[:n]:
+        for way, divisors in enumerate(([1] * 4, [len(row) for row in rows], characters)):
+            costs = [sum(row) / divisor for row, divisor in zip(rows, divisors)]
+            right[way] += costs.index(min(costs)) == example["label"]
+    return right
+
+
+def test_the_three_accuracies_are_hugging_faces(monkeypatch, model_and_theirs, our_costs, their_losses):
+    costs = iter(our_costs)
+    monkeypatch.setattr(hellaswag, "costs", lambda model, enc, example, dtype: next(costs))  # don't compute them again
+    right = hellaswag.count_right(model_and_theirs[0], gpt2_encoding(), hellaswag.read_examples(EXAMPLES))
+    assert right == right_by_hugging_face(their_losses, 200)
+    assert len(set(right)) == 3  # three different questions
+
+
+def test_the_program(tmp_path, capsys, their_losses):
+    offline.save_random_gpt2(tmp_path / "model", n_layer=2, n_head=2, n_embd=32, n_positions=256)
+    hellaswag.main(["-m", str(tmp_path / "model"), "-d", "cpu", "--data", EXAMPLES, "--limit", "20"])
+    out, err = capsys.readouterr()
+    assert "model, 20 examples, accuracy by\n" in out and "20/20" in err  # the bar
+    found = re.findall(r"^  (.*\S) +(\d\.\d{4}) \+- (\d\.\d{4})$", out, re.M)
+    ways = ["the whole ending's loss", "its mean loss a token", "its mean loss a character"]
+    assert [name for name, _, _ in found] == ways
+    for (_, p, error), right in zip(found, right_by_hugging_face(their_losses, 20)):
+        assert float(p) == right / 20
+        assert float(error) == pytest.approx((right / 20 * (1 - right / 20) / 19) ** 0.5, abs=1e-4)
+    for example in hellaswag.read_examples(EXAMPLES)[:5]:
+        assert example["ctx"] in out and all(ending in out for ending in example["endings"])
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--limit 0", "--limit 0 is not a number above 0"),
+    ("-m gpt3 --data " + EXAMPLES, "'gpt3' is neither a folder nor one of gpt2, "),
+    ("--data no.jsonl", "[Errno 2] No such file or directory: 'no.jsonl'"),
+    ("--data empty.jsonl", "empty.jsonl is empty"),
+    ("--data bad.jsonl", "bad.jsonl, line 1: not an example of HellaSwag"),
+    ("-d gpu", "--device gpu is none of cuda, mps, cpu"),
+])
+def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.jsonl").write_text("<html>\n")
+    with pytest.raises(SystemExit) as end:
+        hellaswag.main(flags.split())
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith(f"hellaswag.py: {line}")
