@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -92,6 +93,25 @@ def read_examples(path=PATH):
     return examples
 
 
+def load_examples():
+    """Return HellaSwag's examples, downloaded by one process of each machine, if need be, while the others wait.
+
+    Raises OSError or ValueError, in all processes alike, where they can't be had.
+    """
+    problems = [None]
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            download()
+        except OSError as e:
+            problems = [str(e)]
+    if dist.is_initialized():
+        problem, problems = problems[0], [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise OSError(next(filter(None, problems)))
+    return read_examples()
+
+
 def render(example, enc):
     """Return (tokens, mask) of example: (4, T) int64, a row for each ending after the context; mask is 1 at the ending.
 
@@ -135,26 +155,29 @@ def costs(model, enc, example, dtype="float32"):
     return torch.stack((sums, sums / counts, sums / characters))
 
 
-def count_right(model, enc, examples, dtype="float32", show=0):
+def count_right(model, enc, examples, dtype="float32", rank=0, world=1, show=0):
     """Return how many of examples model gets right: [by the whole ending's cost, by a token's, by a character's].
 
     The first `show` of them are printed with their costs a token.
+    The examples are dealt out to the processes; the counts are of them all.
     """
-    right = torch.zeros(3, dtype=torch.int64)
-    for number, example in enumerate(tqdm(examples, unit=" examples", disable=not show)):
+    right = torch.zeros(3, dtype=torch.int64, device=next(model.parameters()).device)
+    for number, example in enumerate(tqdm(examples[rank::world], unit=" examples", disable=not show)):
         cost = costs(model, enc, example, dtype)
-        right += cost.argmin(1) == example["label"]
+        right += (cost.argmin(1) == example["label"]).to(right.device)
         if number < show:
             tqdm.write(f"\n{example['ctx']}")
             for row, ending in enumerate(example["endings"]):
                 marks = ("*" if row == cost[1].argmin() else " ") + ("+" if row == example["label"] else " ")
                 tqdm.write(f"  {marks} {cost[1, row]:.4f}  {ending}")
+    if world > 1:
+        dist.all_reduce(right)
     return right.tolist()
 
 
 def main(argv=None):
     """Score a model and print its accuracies. Ends the program, status 2, where that can't be done."""
-    from train_gpt2 import OPENAI_SIZES, GPT, fail, gpt2_encoding, pick_device  # not above: it is to import this file
+    from train_gpt2 import OPENAI_SIZES, GPT, fail, gpt2_encoding, pick_device  # not above: it imports this file
 
     parser = argparse.ArgumentParser(description="Score a GPT-2 on HellaSwag's validation set.")
     parser.error = fail  # argparse's own prints a usage block first

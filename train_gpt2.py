@@ -28,6 +28,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import hellaswag
 from fineweb import SHARDS, load_data
 
 # -----------------------------------------------------------------------------
@@ -295,6 +296,7 @@ class TrainConfig:
     grad_clip: float = None  # the gradient's largest norm; a longer one is shortened to it
     eval_interval: int = None  # updates between two measurements of the validation loss; 0: never
     val_tokens: int = None  # how many tokens the validation loss is measured on, at most
+    hellaswag_interval: int = None  # updates between two HellaSwag scores; 0: never
     sample_interval: int = None  # updates between two rounds of samples; 0: never
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
@@ -303,10 +305,11 @@ class TrainConfig:
 
 
 LAPTOP = dict(model="gpt2", batch_size=4, seq_len=64, total_batch_size=512, max_steps=40, warmup_steps=10, max_lr=6e-4,
-              weight_decay=0.1, grad_clip=1.0, eval_interval=20, val_tokens=4096, sample_interval=20)
+              weight_decay=0.1, grad_clip=1.0, eval_interval=20, val_tokens=4096, sample_interval=20,
+              hellaswag_interval=0)
 LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
                max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19,
-               sample_interval=250)  # GPT-3's (its paper, appendix B), over 10B tokens
+               sample_interval=250, hellaswag_interval=250)  # GPT-3's (its paper, appendix B), over 10B tokens
 
 
 def fill_defaults(cfg, device):
@@ -337,7 +340,7 @@ def check(cfg, world):
     for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens"):
         if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
             fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
-    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval"):
+    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval", "hellaswag_interval"):
         if not 0 <= getattr(cfg, name) < 2**63:
             fail(f"--{name} {getattr(cfg, name)} is not 0 or a number above it")
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
@@ -517,6 +520,11 @@ def main(cfg):
     token_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.eot_token)] + [0])
     bytes_per_token = token_bytes[val[1:]].mean()  # of what is predicted; <|endoftext|> has none
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
+    if cfg.hellaswag_interval:
+        try:
+            examples = hellaswag.load_examples()
+        except (OSError, ValueError) as e:
+            fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 does without HellaSwag): {e}")
 
     for step in range(cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
@@ -528,6 +536,9 @@ def main(cfg):
             val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)
             bits = val_loss / math.log(2)
             print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits / bytes_per_token:.4f}")
+        if due(cfg.hellaswag_interval):
+            right = hellaswag.count_right(model, enc, examples, cfg.dtype, rank, world)[1]
+            print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {right / len(examples):.4f}")
         if due(cfg.sample_interval):
             for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
                 print0(">", text)

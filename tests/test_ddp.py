@@ -10,7 +10,8 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FLAGS = ("--data", os.path.join(ROOT, "input.txt"), "--model", "laptop", "--batch_size", "2", "--seq_len", "32",
          "--total_batch_size", "256", "--max_steps", "20", "--max_lr", "3e-3", "--dtype", "float32", "--device", "cpu",
-         "--weight_decay", "0.1", "--eval_interval", "10", "--val_tokens", "1000", "--sample_interval", "0")
+         "--weight_decay", "0.1", "--eval_interval", "10", "--val_tokens", "1000", "--sample_interval", "0",
+         "--hellaswag_interval", "20")
 PROBE = """
 import os, torch, train_gpt2
 model = train_gpt2.main(train_gpt2.parse_flags())
@@ -37,6 +38,8 @@ def val_losses(out):
 
 def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
+    with open(os.path.join(ROOT, "tests", "hellaswag.jsonl"), encoding="utf-8") as f:
+        (tmp_path / "hellaswag_val.jsonl").write_text("".join(f.readlines()[:5]), encoding="utf-8")
     alone = subprocess.run([sys.executable, "probe.py", *FLAGS], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=ROOT),
                            capture_output=True, text=True, timeout=200).stdout
     together, failed = torchrun("probe.py", *FLAGS, cwd=tmp_path)
@@ -47,6 +50,8 @@ def test_two_processes_train_like_one(tmp_path):
     # after 0 updates the weights are equal to the last bit, and so is the loss, whoever computed which batch
     assert val_losses(alone)[0] == val_losses(together)[0] and len(val_losses(alone)) == len(val_losses(together)) == 3
     assert max(abs(a - b) for a, b in zip(val_losses(alone), val_losses(together))) < 1e-4
+    counts = [re.findall(r"HellaSwag: \d+ of 5 right", out) for out in (alone, together)]
+    assert counts[0][0] == counts[1][0] and len(counts[0]) == len(counts[1]) == 2
     first, second = (torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     lone = torch.load(tmp_path / "weightsalone.pt")

@@ -1,4 +1,4 @@
-"""What a run does beside training: the validation loss, samples."""
+"""What a run does beside training: the validation loss, samples, HellaSwag."""
 import math
 import os
 import re
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fineweb
+import hellaswag
 import train_gpt2
 from train_gpt2 import GPT, GPTConfig, TrainConfig, evaluate, gpt2_encoding, main
 
@@ -110,3 +111,30 @@ def test_samples_are_the_models(capsys):
     texts = train_gpt2.sample(model, gpt2_encoding(), "Hello, I'm a language model,")
     assert out.endswith("".join(f"> {text}\n" for text in texts)) and len(set(texts)) == 4
     assert out.count("\n> Hello, I'm a language model,") == 12  # at 0, 4 and 6
+
+
+EXAMPLES = os.path.join(os.path.dirname(__file__), "hellaswag.jsonl")
+
+
+def test_hellaswag_in_a_run(capsys):
+    with open(EXAMPLES, encoding="utf-8") as source, open("hellaswag_val.jsonl", "w", encoding="utf-8") as f:
+        f.writelines(source.readlines()[:20])
+    examples = hellaswag.read_examples()
+    plain, out = train(capsys)
+    model, with_hellaswag = train(capsys, hellaswag_interval=4)
+    found = re.findall(r"^step +(\d+) \| HellaSwag: (\d+) of 20 right = (\d\.\d{4})$", with_hellaswag, re.M)
+    assert [int(step) for step, _, _ in found] == [0, 4, 6]
+    right = hellaswag.count_right(model, gpt2_encoding(), examples)[1]
+    assert (int(found[2][1]), float(found[2][2])) == (right, round(right / 20, 4))
+    assert losses(with_hellaswag) == losses(out)
+
+
+def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(capsys, monkeypatch):
+    def download():
+        raise OSError("no way there")
+    monkeypatch.setattr(hellaswag, "download", download)
+    with pytest.raises(SystemExit) as end:
+        train(capsys, hellaswag_interval=4)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and "| loss" not in out
+    assert err == "train_gpt2.py: --hellaswag_interval 4 (0 does without HellaSwag): no way there\n"
