@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from importlib.util import find_spec
+from tempfile import TemporaryFile
 
 import numpy as np
 import tiktoken
@@ -298,6 +299,7 @@ class TrainConfig:
     val_tokens: int = None  # how many tokens the validation loss is measured on, at most
     hellaswag_interval: int = None  # updates between two HellaSwag scores; 0: never
     sample_interval: int = None  # updates between two rounds of samples; 0: never
+    log_dir: str = "log"  # the folder for log.txt
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
@@ -475,6 +477,7 @@ def evaluate(model, tokens, B, T, dtype, rank=0, world=1):
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    log_path = os.path.join(cfg.log_dir, "log.txt")
     device = pick_device(cfg.device)
     cfg = fill_defaults(cfg, device)
     check(cfg, world)
@@ -525,6 +528,20 @@ def main(cfg):
             examples = hellaswag.load_examples()
         except (OSError, ValueError) as e:
             fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 does without HellaSwag): {e}")
+    try:
+        os.makedirs(cfg.log_dir, exist_ok=True)
+        TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
+        if world > 1:
+            dist.barrier()
+        if rank == 0 and os.path.exists(log_path):
+            folder = os.path.normpath(cfg.log_dir)
+            older = next(name for n in range(1, 10**6) if not os.path.exists(name := f"{folder}.{n}"))
+            os.rename(folder, older)
+            os.makedirs(folder)
+            print(f"{cfg.log_dir} held an earlier run, which is in {older} now")
+        log = open(log_path if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8")  # line by line
+    except OSError as e:
+        fail(f"--log_dir {cfg.log_dir}: {e.strerror}")
 
     for step in range(cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
@@ -536,9 +553,11 @@ def main(cfg):
             val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)
             bits = val_loss / math.log(2)
             print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits / bytes_per_token:.4f}")
+            log.write(f"{step} val {val_loss:.6f}\n")
         if due(cfg.hellaswag_interval):
             right = hellaswag.count_right(model, enc, examples, cfg.dtype, rank, world)[1]
             print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {right / len(examples):.4f}")
+            log.write(f"{step} hella {right / len(examples):.6f}\n")
         if due(cfg.sample_interval):
             for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
                 print0(">", text)
@@ -559,7 +578,9 @@ def main(cfg):
         dt = time.perf_counter() - t0  # seconds
         print0(f"step {step:5d} | loss: {loss.item():.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
                f"dt: {1000 * dt:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}")
+        log.write(f"{step} train {loss.item():.6f}\n")
 
+    log.close()
     if world > 1:
         dist.destroy_process_group()
     return model

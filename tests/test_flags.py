@@ -38,8 +38,8 @@ def test_init_from_a_folder(run, tmp_path):
     done = run(*TINY, "--init_from", "small", "--max_steps", "1")
     assert done.returncode == 0, done.stderr
     assert f"parameters: {50257 * 32 + 64 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32:,}\n" in done.stdout
-    assert run(*TINY, "--init_from", "small", "--max_steps", "1", "--seed", "7").stdout.split("dt:")[0] == (
-        done.stdout.split("dt:")[0])  # nothing of it is random
+    again = run(*TINY, "--init_from", "small", "--max_steps", "1", "--seed", "7", "--log_dir", "log2")
+    assert again.stdout.split("dt:")[0] == done.stdout.split("dt:")[0]  # nothing of it is random
 
 
 @pytest.mark.parametrize("flags, line", [

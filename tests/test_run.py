@@ -1,4 +1,4 @@
-"""What a run does beside training: the validation loss, samples, HellaSwag."""
+"""What a run does beside training: the validation loss, samples, HellaSwag, the log."""
 import math
 import os
 import re
@@ -138,3 +138,29 @@ def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(capsys, monk
     out, err = capsys.readouterr()
     assert end.value.code == 2 and "| loss" not in out
     assert err == "train_gpt2.py: --hellaswag_interval 4 (0 does without HellaSwag): no way there\n"
+
+
+def test_the_log(capsys, tmp_path):
+    _, out = train(capsys, eval_interval=4)
+    printed = re.findall(r"^step +(\d+) \| (val )?loss: (\d+\.\d{6})", out, re.M)
+    assert (tmp_path / "log" / "log.txt").read_text() == "".join(
+        f"{step} {'val' if val else 'train'} {loss}\n" for step, val, loss in printed)
+    assert len(printed) == 6 + 3
+
+
+def test_an_earlier_run_is_kept(capsys, tmp_path):
+    logs = []
+    for seed in (1, 2, 3):
+        _, out = train(capsys, seed=seed, max_steps=1)
+        logs.append((tmp_path / "log" / "log.txt").read_bytes())
+    assert "log held an earlier run, which is in log.2 now\n" in out
+    assert [(tmp_path / name / "log.txt").read_bytes() for name in ("log.1", "log.2", "log")] == logs
+    assert len(set(logs)) == 3
+
+
+def test_a_log_folder_that_cannot_be_written(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        train(capsys, log_dir="text.txt/log")
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and "| loss" not in out
+    assert err == "train_gpt2.py: --log_dir text.txt/log: Not a directory\n"
