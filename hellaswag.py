@@ -1,6 +1,7 @@
 """HellaSwag (Zellers et al. 2019, "Can a Machine Really Finish Your Sentence?"): which of four endings fits a text?
 
     python hellaswag.py -m gpt2                 # scores OpenAI's model
+    python hellaswag.py -m log/model_19073.pt   # or a checkpoint of train_gpt2.py's
 
 An example is a dict: ctx, the text; endings, four of them; label, the number of the right one. A language model answers
 by the ending that it finds likeliest after ctx.
@@ -177,12 +178,13 @@ def count_right(model, enc, examples, dtype="float32", rank=0, world=1, show=0):
 
 def main(argv=None):
     """Score a model and print its accuracies. Ends the program, status 2, where that can't be done."""
-    from train_gpt2 import OPENAI_SIZES, GPT, fail, gpt2_encoding, pick_device  # not above: it imports this file
+    # not above: it imports this file
+    from train_gpt2 import OPENAI_SIZES, GPT, fail, gpt2_encoding, load_checkpoint, pick_device
 
     parser = argparse.ArgumentParser(description="Score a GPT-2 on HellaSwag's validation set.")
     parser.error = fail  # argparse's own prints a usage block first
-    parser.add_argument("-m", "--model", default="gpt2", help=f"{', '.join(OPENAI_SIZES)}, or a folder in Hugging Face's "
-                        "format")
+    parser.add_argument("-m", "--model", default="gpt2", help=f"{', '.join(OPENAI_SIZES)}, a folder in Hugging Face's "
+                        "format, or a checkpoint, PATH.pt")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu; the best there is if not given")
     parser.add_argument("--data", help=f"the examples, a JSON object a line; {PATH} (downloaded) if not given")
     parser.add_argument("--limit", type=int, help="no more than so many of them")
@@ -195,7 +197,8 @@ def main(argv=None):
         if args.data is None:
             download()
         examples = read_examples(args.data or PATH)[: args.limit]
-        model = GPT.from_pretrained(args.model)
+        from_file = args.model.endswith(".pt")
+        model = load_checkpoint(args.model)[0] if from_file else GPT.from_pretrained(args.model)
         right = count_right(model.to(device), gpt2_encoding(), examples, show=5)
     except (OSError, ValueError) as e:
         parser.error(str(e).splitlines()[0])

@@ -10,11 +10,13 @@ import argparse
 import inspect
 import math
 import os
+import pickle
 import re
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from tempfile import TemporaryFile
@@ -30,7 +32,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from fineweb import SHARDS, load_data
+from fineweb import SHARDS, load_data, replacing
 
 # -----------------------------------------------------------------------------
 # The model
@@ -286,7 +288,7 @@ class TrainConfig:
 
     data: str = None  # a folder of shards or a text file; edu_fineweb10B if shards are there, else input.txt
     model: str = None  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
-    init_from: str = "scratch"  # scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder in Hugging Face's format
+    init_from: str = "scratch"  # scratch; gpt2, ...; a folder in Hugging Face's format; or a checkpoint, PATH.pt
     batch_size: int = None  # B, sequences in a micro-batch: lower it when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
     total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
@@ -299,7 +301,8 @@ class TrainConfig:
     val_tokens: int = None  # how many tokens the validation loss is measured on, at most
     hellaswag_interval: int = None  # updates between two HellaSwag scores; 0: never
     sample_interval: int = None  # updates between two rounds of samples; 0: never
-    log_dir: str = "log"  # the folder for log.txt
+    checkpoint_interval: int = None  # updates between two checkpoints; 0: none
+    log_dir: str = "log"  # the folder for log.txt and checkpoints
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
@@ -308,10 +311,10 @@ class TrainConfig:
 
 LAPTOP = dict(model="gpt2", batch_size=4, seq_len=64, total_batch_size=512, max_steps=40, warmup_steps=10, max_lr=6e-4,
               weight_decay=0.1, grad_clip=1.0, eval_interval=20, val_tokens=4096, sample_interval=20,
-              hellaswag_interval=0)
+              hellaswag_interval=0, checkpoint_interval=40)
 LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
                max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19,
-               sample_interval=250, hellaswag_interval=250)  # GPT-3's (its paper, appendix B), over 10B tokens
+               sample_interval=250, hellaswag_interval=250, checkpoint_interval=5000)  # GPT-3's paper, appendix B
 
 
 def fill_defaults(cfg, device):
@@ -342,7 +345,8 @@ def check(cfg, world):
     for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens"):
         if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
             fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
-    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval", "hellaswag_interval"):
+    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval", "hellaswag_interval",
+                 "checkpoint_interval"):
         if not 0 <= getattr(cfg, name) < 2**63:
             fail(f"--{name} {getattr(cfg, name)} is not 0 or a number above it")
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
@@ -474,6 +478,23 @@ def evaluate(model, tokens, B, T, dtype, rank=0, world=1):
     return float(total) / (len(tokens) - 1)
 
 
+def load_checkpoint(path):
+    """Return (the GPT, all that was saved with it) of the checkpoint at path: a dict of tensors and plain values.
+
+    Raises OSError where it can't be read, ValueError where it isn't what was saved.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch's format
+            if record := archive.testzip():  # compares checksums; torch.load would take a flipped bit for a weight
+                raise zipfile.BadZipFile(f"{record} isn't what was saved")
+        checkpoint = torch.load(path, map_location="cpu")
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged, or no checkpoint of train_gpt2.py: {str(e).splitlines()[0]}") from e
+    return model, checkpoint
+
+
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -497,7 +518,8 @@ def main(cfg):
         model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model]))
     else:
         try:
-            model = GPT.from_pretrained(cfg.init_from)
+            name = cfg.init_from
+            model = load_checkpoint(name)[0] if name.endswith(".pt") else GPT.from_pretrained(name)
         except (OSError, ValueError) as e:
             fail(f"--init_from {cfg.init_from}: {str(e).splitlines()[0]}")
     if cfg.seq_len > model.config.block_size:
@@ -561,6 +583,13 @@ def main(cfg):
         if due(cfg.sample_interval):
             for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
                 print0(">", text)
+        if due(cfg.checkpoint_interval) and step > 0 and rank == 0:
+            path = os.path.join(cfg.log_dir, f"model_{step:05d}.pt")
+            with replacing(path) as f:
+                torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
+                                optimizer=optimizer.state_dict(), step=step, position=loader.position,
+                                log_length=os.path.getsize(log_path)), f)
+            print(f"step {step:5d} | saved {path}")
         if last:
             break
         t0 = time.perf_counter()

@@ -36,7 +36,7 @@ def test_tf32_is_switched_on(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_float32_matmul_precision("highest")
     cfg = dict(data=INPUT, model="laptop", batch_size=1, seq_len=8, total_batch_size=8, max_steps=1, eval_interval=0,
-               sample_interval=0)
+               sample_interval=0, checkpoint_interval=0)
     train_gpt2.main(train_gpt2.TrainConfig(**cfg))
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")

@@ -9,7 +9,8 @@ from train_gpt2 import TrainConfig, main, parse_flags
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 TINY = ("--data", INPUT, "--model", "laptop", "--batch_size", "2", "--seq_len", "16", "--total_batch_size", "64",
-        "--max_steps", "3", "--device", "cpu", "--eval_interval", "0", "--sample_interval", "0")
+        "--max_steps", "3", "--device", "cpu", "--eval_interval", "0", "--sample_interval", "0",
+        "--checkpoint_interval", "0")
 
 
 def test_every_field_is_a_flag():

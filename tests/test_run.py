@@ -1,7 +1,9 @@
-"""What a run does beside training: the validation loss, samples, HellaSwag, the log."""
+"""What a run does beside training: the validation loss, samples, HellaSwag, the log, checkpoints."""
 import math
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 import fineweb
 import hellaswag
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, TrainConfig, evaluate, gpt2_encoding, main
+from train_gpt2 import GPT, GPTConfig, TrainConfig, evaluate, gpt2_encoding, load_checkpoint, main
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 
@@ -27,7 +29,8 @@ def small(tmp_path, monkeypatch):
 def train(capsys, **settings):
     """Train the small model as settings say; return (the model, all that was printed, without the times)."""
     cfg = dict(data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6, max_lr=1e-2,
-               warmup_steps=1, dtype="float32", device="cpu", eval_interval=0, sample_interval=0)
+               warmup_steps=1, dtype="float32", device="cpu", eval_interval=0, sample_interval=0,
+               checkpoint_interval=0)
     capsys.readouterr()
     model = main(TrainConfig(**(cfg | settings)))
     return model, re.sub(r"dt: .*", "", capsys.readouterr().out)
@@ -164,3 +167,57 @@ def test_a_log_folder_that_cannot_be_written(capsys, tmp_path):
     out, err = capsys.readouterr()
     assert end.value.code == 2 and "| loss" not in out
     assert err == "train_gpt2.py: --log_dir text.txt/log: Not a directory\n"
+
+
+def test_a_checkpoint_needs_nothing_of_ours(capsys, tmp_path):
+    model, out = train(capsys, checkpoint_interval=4)
+    assert sorted(os.listdir("log")) == ["log.txt", "model_00004.pt", "model_00006.pt"]  # and after the last update
+    assert "step     6 | saved log/model_00006.pt\n" in out
+    (tmp_path / "read.py").write_text(
+        "import sys, torch\n"
+        "checkpoint = torch.load('log/model_00006.pt')\n"
+        "assert 'train_gpt2' not in sys.modules\n"
+        "print(checkpoint['step'], checkpoint['model_config'], *checkpoint['model'])\n")
+    done = subprocess.run([sys.executable, "-P", "read.py"], capture_output=True, text=True, timeout=100)
+    assert done.stdout == f"6 {train_gpt2.asdict(model.config)} {' '.join(model.state_dict())}\n", done.stderr
+    loaded, _ = load_checkpoint("log/model_00006.pt")
+    assert loaded.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+
+
+def test_a_run_from_a_checkpoint(capsys):
+    model, _ = train(capsys, checkpoint_interval=6)
+    _, out = train(capsys, init_from="log/model_00006.pt", log_dir="log2", max_lr=1e-30, eval_interval=6)
+    tokens = gpt2_encoding().encode_ordinary(open("text.txt", encoding="utf-8").read())
+    val = np.array(tokens[len(tokens) * 9 // 10 :])
+    assert f"step     0 | val loss: {evaluate(model, val, 2, 16, 'float32'):.6f}" in out
+
+
+def test_hellaswag_py_scores_a_checkpoint(capsys):
+    model, _ = train(capsys, checkpoint_interval=6)
+    hellaswag.main(["-m", "log/model_00006.pt", "--data", EXAMPLES, "--limit", "20", "-d", "cpu"])
+    right = hellaswag.count_right(model, gpt2_encoding(), hellaswag.read_examples(EXAMPLES)[:20])
+    assert [f"{n / 20:.4f}" for n in right] == re.findall(r"(\d\.\d{4}) \+-", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("way", ["flipped", "cut", "empty", "text", "other", "gone"])
+def test_a_damaged_checkpoint_is_one_line(capsys, way):
+    train(capsys, checkpoint_interval=6, max_steps=1)
+    path = "log/model_00001.pt"
+    data = bytearray(open(path, "rb").read())
+    data[len(data) // 2] ^= 1
+    damaged = dict(flipped=data, cut=data[: len(data) // 2], empty=b"", text=b"To be, or not to be")
+    if way in damaged:
+        open(path, "wb").write(damaged[way])
+    elif way == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        os.remove(path)
+    for run in (lambda: train(capsys, init_from=path, log_dir="log2"),
+                lambda: hellaswag.main(["-m", path, "--data", EXAMPLES, "-d", "cpu"])):
+        with pytest.raises(SystemExit) as end:
+            run()
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1 and path in err
+        assert way == "gone" or "is damaged, or no checkpoint of train_gpt2.py" in err
+    assert not os.path.exists("log2")

@@ -21,7 +21,8 @@ def folder(tmp_path, monkeypatch):
 def train(capsys, **settings):
     """Train the laptop's model as settings say; return (the model, the losses printed, all that was printed)."""
     cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, total_batch_size=128, max_steps=20, max_lr=3e-3,
-               dtype="float32", warmup_steps=10, weight_decay=0.1, eval_interval=0, sample_interval=0)
+               dtype="float32", warmup_steps=10, weight_decay=0.1, eval_interval=0, sample_interval=0,
+               checkpoint_interval=0)
     model = main(TrainConfig(**(cfg | settings)))
     out = capsys.readouterr().out
     return model, [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)], out
