@@ -3,6 +3,7 @@
     python train_gpt2.py                                     # one process: a GPU where there is one, else the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight processes, each with a GPU of its own
     torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu
+    python train_gpt2.py --resume                            # go on from the newest checkpoint in log/
 
 `python train_gpt2.py --help` lists the flags.
 """
@@ -303,6 +304,7 @@ class TrainConfig:
     sample_interval: int = None  # updates between two rounds of samples; 0: never
     checkpoint_interval: int = None  # updates between two checkpoints; 0: none
     log_dir: str = "log"  # the folder for log.txt and checkpoints
+    resume: bool = False  # go on from log_dir's newest checkpoint, with its settings but for those given
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
@@ -499,6 +501,22 @@ def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     log_path = os.path.join(cfg.log_dir, "log.txt")
+    checkpoint, done = None, -1
+    if cfg.resume:
+        if not os.path.exists(log_path):
+            fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
+        saved = [int(m[1]) for name in os.listdir(cfg.log_dir) if (m := re.fullmatch(r"model_(\d{5,})\.pt", name))]
+        if saved:
+            newest = os.path.join(cfg.log_dir, f"model_{max(saved):05d}.pt")
+            try:
+                model, checkpoint = load_checkpoint(newest)
+                begun, done = TrainConfig(**checkpoint["train_config"]), checkpoint["step"]
+            except (OSError, ValueError, TypeError) as e:
+                fail(f"--resume: {e}")
+            if cfg.model not in (None, begun.model):
+                fail(f"--model {cfg.model}: the run in {cfg.log_dir} was begun with {begun.model}; leave the flag out")
+            given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) not in (None, f.default)}
+            cfg = replace(begun, **given | dict(log_dir=cfg.log_dir))
     device = pick_device(cfg.device)
     cfg = fill_defaults(cfg, device)
     check(cfg, world)
@@ -513,10 +531,10 @@ def main(cfg):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(cfg.seed)
-    if cfg.init_from == "scratch":
+    if cfg.init_from == "scratch" and not checkpoint:
         # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
         model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model]))
-    else:
+    elif not checkpoint:
         try:
             name = cfg.init_from
             model = load_checkpoint(name)[0] if name.endswith(".pt") else GPT.from_pretrained(name)
@@ -545,6 +563,13 @@ def main(cfg):
     token_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.eot_token)] + [0])
     bytes_per_token = token_bytes[val[1:]].mean()  # of what is predicted; <|endoftext|> has none
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
+    if checkpoint:
+        # AdamW's averages are the checkpoint's, what it does with them (its groups) is what cfg says
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
+        loader.position = checkpoint["position"] % loader.epoch_tokens
+        print0(f"going on from {newest}: {done} of {cfg.max_steps} updates are done")
+    elif cfg.resume:
+        print0(f"the run in {cfg.log_dir} saved no checkpoint: starting at step 0")
     if cfg.hellaswag_interval:
         try:
             examples = hellaswag.load_examples()
@@ -555,7 +580,9 @@ def main(cfg):
         TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
         if world > 1:
             dist.barrier()
-        if rank == 0 and os.path.exists(log_path):
+        if rank == 0 and checkpoint:  # what was logged after it will be logged again
+            os.truncate(log_path, min(checkpoint["log_length"], os.path.getsize(log_path)))
+        elif rank == 0 and os.path.exists(log_path):
             folder = os.path.normpath(cfg.log_dir)
             older = next(name for n in range(1, 10**6) if not os.path.exists(name := f"{folder}.{n}"))
             os.rename(folder, older)
@@ -565,11 +592,11 @@ def main(cfg):
     except OSError as e:
         fail(f"--log_dir {cfg.log_dir}: {e.strerror}")
 
-    for step in range(cfg.max_steps + 1):
+    for step in range(max(done, 0), cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
 
         def due(interval):
-            return interval and (step % interval == 0 or last)
+            return interval and (step % interval == 0 or last) and step != done  # that was before the checkpoint
 
         if due(cfg.eval_interval):
             val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)

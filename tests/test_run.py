@@ -1,10 +1,12 @@
-"""What a run does beside training: the validation loss, samples, HellaSwag, the log, checkpoints."""
+"""What a run does beside training: the validation loss, samples, HellaSwag, the log, checkpoints, resuming."""
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import hub
 import numpy as np
 import pytest
 import torch
@@ -221,3 +223,84 @@ def test_a_damaged_checkpoint_is_one_line(capsys, way):
         assert end.value.code == 2 and err.count("\n") == 1 and path in err
         assert way == "gone" or "is damaged, or no checkpoint of train_gpt2.py" in err
     assert not os.path.exists("log2")
+
+
+EVERYTHING = dict(eval_interval=2, sample_interval=3, checkpoint_interval=1, val_tokens=200)
+
+
+def resume_each(capsys, settings, steps):
+    """Train, then go on from the checkpoints after steps, as if the run had stopped there: all has to be the same."""
+    model, whole = train(capsys, **EVERYTHING, **settings)
+    shutil.copytree("log", "whole")
+    last = torch.load(max(f"whole/{name}" for name in os.listdir("whole") if name.endswith(".pt")))
+    for k in steps:
+        shutil.rmtree("log")
+        shutil.copytree("whole", "log")  # its log is longer than it was at step k
+        for name in os.listdir("log"):
+            if name.endswith(".pt") and int(name[6:-3]) > k:
+                os.remove(f"log/{name}")
+        capsys.readouterr()
+        resumed = main(TrainConfig(resume=True))
+        out = re.sub(r"dt: .*", "", capsys.readouterr().out)
+        assert open("log/log.txt").read() == open("whole/log.txt").read()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
+        assert f"going on from log/model_{k:05d}.pt: {k} of {last['step']} updates are done\n" in out
+        saved = f"step {k:5d} | saved log/model_{k:05d}.pt\n"
+        assert out.split("updates are done\n")[1] == whole.split(saved)[1]  # the same losses, samples, evaluations
+        again = torch.load(f"log/model_{last['step']:05d}.pt")
+        assert again["position"] == last["position"]
+        states = [torch.cat([v.flatten() for state in c["optimizer"]["state"].values() for v in state.values()])
+                  for c in (again, last)]
+        assert torch.equal(*states)
+
+
+def test_resume_over_shards(capsys):
+    fineweb.start_worker(gpt2_encoding())
+    texts = [fineweb.tokenize(text) for text in hub.make_documents(20)]
+    os.mkdir("shards")
+    for i, shard in enumerate(fineweb.cut(texts, 300)):
+        fineweb.write_shard("shards", i, shard)
+    _, out = train(capsys, data="shards", max_steps=1)
+    per_epoch = int(re.search(r"1 epoch = (\d+)\.0 updates", out)[1])
+    assert 20 < per_epoch < 40
+    # 300 tokens are 4.7 updates of 64: stops within a shard, just after the update that crosses its end, and around the
+    # epoch's end
+    resume_each(capsys, dict(data="shards", max_steps=per_epoch + 4), [2, 5, per_epoch - 1, per_epoch, per_epoch + 1])
+
+
+def test_resume_compiled(capsys):
+    resume_each(capsys, dict(compile=True), [3])
+
+
+def test_flags_win_over_the_checkpoint_but_for_the_shape(capsys):
+    train(capsys, checkpoint_interval=3, weight_decay=0.5)
+    capsys.readouterr()
+    main(TrainConfig(resume=True, max_steps=8, eval_interval=8))
+    out = capsys.readouterr().out
+    assert "6 of 8 updates are done" in out and "weight decay 0.5" in out
+    assert out.count("| loss: ") == 2 and out.count("val loss") == 1
+    assert torch.load("log/model_00008.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    main(TrainConfig(resume=True, max_steps=9, weight_decay=0.25))
+    assert torch.load("log/model_00009.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(TrainConfig(resume=True, model="gpt2"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "train_gpt2.py: --model gpt2: the run in log was begun with laptop; leave the flag out\n")
+
+
+def test_resume_where_nothing_can_be_resumed(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(TrainConfig(resume=True))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "train_gpt2.py: --resume: no run began in log; leave the flag out to begin one\n"
+    assert not os.path.exists("log")
+
+
+def test_resume_of_a_run_that_saved_nothing(capsys):
+    train(capsys)
+    whole = open("log/log.txt").read()
+    _, out = train(capsys, resume=True)
+    assert "the run in log saved no checkpoint: starting at step 0\n" in out
+    assert open("log/log.txt").read() == whole == open("log.1/log.txt").read()
