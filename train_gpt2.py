@@ -2,12 +2,13 @@
 
     python train_gpt2.py                                     # one process: a GPU where there is one, else the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight processes, each with a GPU of its own
-    torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu
+    torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu --batch_size 8
     python train_gpt2.py --resume                            # go on from the newest checkpoint in log/
 
 `python train_gpt2.py --help` lists the flags.
 """
 import argparse
+import ctypes
 import inspect
 import math
 import os
@@ -56,7 +57,7 @@ OPENAI_SIZES = {  # the four that were released; in all of them a head is 64 wid
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
-SIZES = {**OPENAI_SIZES, "laptop": dict(n_layer=4, n_head=4, n_embd=128)}  # and one that two cores can train
+SIZES = {**OPENAI_SIZES, "laptop": dict(n_layer=4, n_head=4, n_embd=96)}  # and one that two cores can train
 
 
 class CausalSelfAttention(nn.Module):
@@ -311,9 +312,9 @@ class TrainConfig:
     seed: int = 1337  # of the weights at the start
 
 
-LAPTOP = dict(model="gpt2", batch_size=4, seq_len=64, total_batch_size=512, max_steps=40, warmup_steps=10, max_lr=6e-4,
-              weight_decay=0.1, grad_clip=1.0, eval_interval=20, val_tokens=4096, sample_interval=20,
-              hellaswag_interval=0, checkpoint_interval=40)
+LAPTOP = dict(model="laptop", batch_size=16, seq_len=32, total_batch_size=512, max_steps=2268, warmup_steps=45,
+              max_lr=2e-3, weight_decay=1.0, grad_clip=1.0, eval_interval=567, val_tokens=2**17, sample_interval=567,
+              hellaswag_interval=0, checkpoint_interval=567)  # by measurement; 567 updates are an epoch of input.txt
 LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
                max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19,
                sample_interval=250, hellaswag_interval=250, checkpoint_interval=5000)  # GPT-3's paper, appendix B
@@ -530,6 +531,9 @@ def main(cfg):
     if device.type == "cpu":  # so a run repeats bit for bit, compiled too; filling fresh memory would only take time
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc would give a large block back at once, and get it anew, page by page,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: at every step; now it keeps what is freed
     torch.manual_seed(cfg.seed)
     if cfg.init_from == "scratch" and not checkpoint:
         # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.

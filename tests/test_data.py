@@ -152,6 +152,14 @@ def test_the_data_decide_on_the_row(tmp_path, monkeypatch, capsys):
     assert fill_defaults(TrainConfig(data=INPUT), torch.device("cuda")).total_batch_size == 512
 
 
+def test_the_laptops_run_ends_with_an_epoch():
+    cfg = fill_defaults(TrainConfig(data=INPUT), torch.device("cpu"))
+    train, val = fineweb.load_data(INPUT, gpt2_encoding())
+    loader = DataLoaderLite(train, cfg.batch_size, cfg.seq_len, cfg.total_batch_size)
+    assert cfg.max_steps * cfg.total_batch_size == 4 * loader.epoch_tokens  # and doesn't forget its end for its beginning
+    assert cfg.val_tokens >= len(val) - 1 and cfg.max_steps % cfg.eval_interval == 0
+
+
 def test_a_run_from_shards(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tokens = write_shards(tmp_path / "edu_fineweb10B")
