@@ -1,0 +1,39 @@
+"""README keeps its word: the flags, files and steps that it names are there."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py"])
+def test_every_command_line_is_understood(script):
+    help_text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    lines = [line.split("#")[0] for line in README.splitlines() if f" {script} " in line + " " and line.startswith("    ")]
+    assert lines
+    for flag in re.findall(r" (--?[a-z_]+)", " ".join(line.split(script, 1)[1] for line in lines)):
+        assert flag + " " in help_text.replace(",", " ")
+
+
+def test_every_flag_in_the_text_is_one():
+    known = "".join((ROOT / name).read_text() for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"))
+    known += "--help --history --reverse --oneline --standalone --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint"
+    for flag in re.findall(r"--(\w+)", README):
+        assert re.search(rf"--{flag}\b|^    {flag}: |\"--{flag}\"", known, re.M), flag
+
+
+def test_the_files_it_shows_are_there():
+    for path in re.findall(r"\]\((assets/[^)]+)\)", README) + ["play.ipynb", "input.txt", "requirements.txt", "LICENSE"]:
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_steps_it_points_at_are_in_the_history():
+    if not (ROOT / ".git").exists():
+        pytest.skip("this tree has no git history")
+    subjects = subprocess.run(["git", "log", "--format=%s"], cwd=ROOT, capture_output=True, text=True).stdout
+    for step in re.findall(r"/\^(\d+\.\d+) ", README):
+        assert re.search(rf"^{re.escape(step)} ", subjects, re.M), step
