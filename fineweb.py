@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 from contextlib import contextmanager
+from functools import lru_cache
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -96,16 +97,23 @@ def read_sums(folder):
         return {}
 
 
-class Shards:
-    """Arrays of tokens, (n,) uint16 each and memory-mapped, as one long row: it has len() and slices [a:b], 0 <= a < b.
+@lru_cache(maxsize=4)
+def permutation(n, *seed):
+    """Return 0 .. n - 1 in an order that seed, whole numbers, decides: (n,) int64."""
+    return np.random.default_rng(seed).permutation(n)
 
-    A shard is checked when it is first read from; that raises ValueError, which names it, where its sha256 isn't the
-    one in SHA256SUMS (if it stands there) or where it holds an id that isn't below vocab_size.
+
+class Shards:
+    """Arrays of tokens, (n,) uint16 each, as one long row: it has len() and slices [a:b], 0 <= a < b.
+
+    A shard that is memory-mapped is checked when it is first read from; that raises ValueError, which names it, where
+    its sha256 isn't the one in SHA256SUMS (if it stands there) or where it holds an id that isn't below vocab_size.
     """
 
     def __init__(self, arrays, vocab_size):
         self.arrays, self.vocab_size, self.checked = arrays, vocab_size, set()
-        self.ends = np.cumsum([len(array) for array in arrays])
+        self.sizes = np.array([len(array) for array in arrays])
+        self.ends = self.sizes.cumsum()
 
     def __len__(self):
         return int(self.ends[-1])
@@ -113,15 +121,33 @@ class Shards:
     def __getitem__(self, span):
         parts = []
         for i in range(np.searchsorted(self.ends, span.start or 0, side="right"), len(self.arrays)):
-            begin = self.ends[i] - len(self.arrays[i])  # where this shard lies in the whole
+            begin = self.ends[i] - self.sizes[i]  # where this shard lies in the whole
             if begin >= span.stop:
                 break
             self.check(i)
             parts.append(self.arrays[i][max(0, (span.start or 0) - begin) : span.stop - begin])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def start(self, number, T, *seed):
+        """Return where the window `number` of T tokens begins, if seed, whole numbers, decides on their order.
+
+        The shards come one after another in an order of seed's, and the windows of each in another one of seed's.
+        """
+        windows = (self.sizes - 1) // T  # of a shard; the last token of it has no successor
+        order = permutation(len(windows), *seed)
+        ends = windows[order].cumsum()
+        place = ends.searchsorted(number, side="right")
+        shard = order[place]
+        window = permutation(windows[shard], *seed, shard)[number - ends[place]]  # counted from the shard's end
+        return int(self.ends[shard] - self.sizes[shard] + window * T)
+
+    def where(self, start):
+        """Return in words where the token at start lies."""
+        i = self.ends.searchsorted(start, side="right")
+        return f"{getattr(self.arrays[i], 'filename', 'the text')} at token {start - self.ends[i] + self.sizes[i]:,}"
+
     def check(self, i):
-        if i in self.checked:
+        if i in self.checked or not isinstance(self.arrays[i], np.memmap):
             return
         folder, name = os.path.split(self.arrays[i].filename)
         digest, largest = hashlib.sha256(), 0
@@ -161,7 +187,7 @@ def open_shards(folder, vocab_size):
 def load_data(path, enc):
     """Return the tokens to train on and those for validation: a folder's shards, or nine tenths of a text and the last.
 
-    Both have len() and slices, (n,) uint16. Raises OSError, ValueError where that can't be had from path.
+    Both are Shards. Raises OSError, ValueError where that can't be had from path.
     """
     if os.path.isdir(path):
         return open_shards(path, enc.n_vocab)
@@ -175,7 +201,7 @@ def load_data(path, enc):
     if len(tokens) < 20:
         raise ValueError(f"it has {len(tokens)} tokens, too few to train on nine tenths and validate on the last")
     train = len(tokens) * 9 // 10
-    return tokens[:train], tokens[train:]
+    return Shards([tokens[:train]], enc.n_vocab), Shards([tokens[train:]], enc.n_vocab)
 
 
 def load(args):

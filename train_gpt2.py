@@ -251,33 +251,41 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
 
 
 class DataLoaderLite:
-    """Walk through tokens, shards or (N,) uint16, B * T at a time for each of world processes, side by side.
+    """Walk through tokens, Shards, B windows of T at a time for each of world processes, side by side.
 
-    position, in tokens and the same in all processes, is where process 0's next micro-batch starts; the others add
-    their own offset. So together they read what one would. An epoch ends with the last whole total batch, of
-    total_batch_size tokens; of a text too short for one, with the last T tokens. So it is the same for every B and world.
+    position, in tokens from the run's start on and the same in all processes, is where process 0's next micro-batch
+    starts; the others add their own offset. So together they read what one would. An epoch ends with the last whole total
+    batch, of total_batch_size tokens; of a text too short for one, with its last window. So it is the same for every B
+    and world. With a seed each epoch has an order of its own; what is less than a window at a shard's end is left out.
     """
 
-    def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1):
-        self.tokens, self.B, self.T, self.rank, self.world = tokens, B, T, rank, world
+    def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1, seed=None):
+        self.tokens, self.B, self.T, self.rank, self.world, self.seed = tokens, B, T, rank, world, seed
         self.position = 0
-        usable = len(tokens) - 1  # the last token has no successor
-        self.epoch_tokens = usable // total_batch_size * total_batch_size or usable // T * T
+        sizes = tokens.sizes if seed is not None else np.array([len(tokens)])  # in order, a window may cross two shards
+        self.windows = (sizes - 1) // T  # how many each has: its last token has no successor
+        usable = int(self.windows.sum()) * T
+        self.epoch_tokens = usable // total_batch_size * total_batch_size or usable
         if usable < B * T * world:
             fail(f"{len(tokens)} tokens are there to train on, and one micro-batch of {B} x {T} for each of {world} "
                  f"process(es) needs {B * T * world + 1}; lower --batch_size or --seq_len")
 
+    def start(self, number):
+        """Return where the run's window `number` begins in tokens."""
+        epoch, number = divmod(number, self.epoch_tokens // self.T)
+        return number * self.T if self.seed is None else self.tokens.start(number, self.T, self.seed, epoch)
+
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
+        first = self.position // self.T
+        starts = [self.start(number) for number in range(first, first + self.B * self.world)]
         try:  # every process opens, and checks, what any of them needs now: all of them find a damaged shard at once
-            self.tokens[self.position : self.position + self.B * self.T * self.world + 1]
+            rows = [self.tokens[start : start + self.T + 1] for start in starts]
         except (OSError, ValueError) as e:
             fail(f"--data: {e}")
-        starts = self.position + self.T * np.arange(self.rank * self.B, (self.rank + 1) * self.B)  # (B,): each row's
-        rows = [self.tokens[start : start + self.T + 1] for start in starts % self.epoch_tokens]
-        buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-        self.position = (self.position + self.B * self.T * self.world) % self.epoch_tokens
-        return buf[:, :-1], buf[:, 1:]
+        buf = np.stack(rows[self.rank * self.B : (self.rank + 1) * self.B]).astype(np.int64)  # (B, T + 1)
+        self.position += self.B * self.T * self.world
+        return torch.from_numpy(buf[:, :-1]), torch.from_numpy(buf[:, 1:])
 
 
 # -----------------------------------------------------------------------------
@@ -293,6 +301,7 @@ class TrainConfig:
     init_from: str = "scratch"  # scratch; gpt2, ...; a folder in Hugging Face's format; or a checkpoint, PATH.pt
     batch_size: int = None  # B, sequences in a micro-batch: lower it when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
+    shuffle: bool = True  # read the data in an order that is another one in each epoch; else as they stand
     total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
     max_steps: int = None  # updates of the weights
     warmup_steps: int = None  # updates over which the learning rate rises to max_lr
@@ -309,10 +318,10 @@ class TrainConfig:
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
-    seed: int = 1337  # of the weights at the start
+    seed: int = 1337  # of the weights at the start, and of the data's order
 
 
-LAPTOP = dict(model="laptop", batch_size=16, seq_len=32, total_batch_size=512, max_steps=2268, warmup_steps=45,
+LAPTOP = dict(model="laptop", batch_size=16, seq_len=32, total_batch_size=512, max_steps=2835, warmup_steps=45,
               max_lr=2e-3, weight_decay=1.0, grad_clip=1.0, eval_interval=567, val_tokens=2**17, sample_interval=567,
               hellaswag_interval=0, checkpoint_interval=567)  # by measurement; 567 updates are an epoch of input.txt
 LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
@@ -559,18 +568,20 @@ def main(cfg):
         val = val[: cfg.val_tokens + 1]
     except (OSError, ValueError) as e:
         fail(f"--data {cfg.data}: {e}")
-    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size, rank, world)
+    seed = cfg.seed if cfg.shuffle else None
+    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size, rank, world, seed)
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len * world)
     print0(f"{len(tokens):,} tokens to train on, {len(val) - 1:,} to validate; 1 update = {cfg.total_batch_size:,} "
            f"tokens = {grad_accum_steps} micro-batches of {cfg.batch_size} x {cfg.seq_len} x {world}; "
-           f"1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} updates")
+           f"1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} updates, and leaves out "
+           f"{len(tokens) - loader.epoch_tokens:,} tokens")
     token_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.eot_token)] + [0])
     bytes_per_token = token_bytes[val[1:]].mean()  # of what is predicted; <|endoftext|> has none
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
     if checkpoint:
         # AdamW's averages are the checkpoint's, what it does with them (its groups) is what cfg says
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
-        loader.position = checkpoint["position"] % loader.epoch_tokens
+        loader.position = checkpoint["position"]
         print0(f"going on from {newest}: {done} of {cfg.max_steps} updates are done")
     elif cfg.resume:
         print0(f"the run in {cfg.log_dir} saved no checkpoint: starting at step 0")

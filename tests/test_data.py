@@ -1,6 +1,8 @@
 """The text, and how it is cut into batches."""
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,14 +12,15 @@ import fineweb
 import hub
 from train_gpt2 import DataLoaderLite, TrainConfig, fill_defaults, gpt2_encoding, main
 
-INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+INPUT = os.path.join(ROOT, "input.txt")
 
 
 def test_input_txt():
     enc = gpt2_encoding()
     train, val = fineweb.load_data(INPUT, enc)
     assert len(val) == 32_262  # the last tenth
-    tokens = np.concatenate((train, val))
+    tokens = np.concatenate((train[: len(train)], val[: len(val)]))
     assert tokens.dtype == np.uint16 and len(tokens) == 322_612
     with open(INPUT, encoding="utf-8") as f:
         text = f.read()
@@ -52,7 +55,7 @@ def test_batches_tile_the_text_and_the_epoch_wraps():
 def test_an_epoch_uses_the_last_token():
     loader = DataLoaderLite(np.arange(33, dtype=np.uint16), B=2, T=8, total_batch_size=32)
     ys = [loader.next_batch()[1] for _ in range(2)]
-    assert ys[1][-1, -1] == 32 and loader.position == 0
+    assert ys[1][-1, -1] == 32 and loader.position == loader.epoch_tokens
 
 
 def test_an_epoch_ends_at_the_same_token_for_every_batch_size():
@@ -60,7 +63,7 @@ def test_an_epoch_ends_at_the_same_token_for_every_batch_size():
     for B, per_epoch in ((1, 12), (2, 6), (4, 3)):
         loader = DataLoaderLite(tokens, B, T=8, total_batch_size=32)
         seen = [loader.next_batch()[0] for _ in range(per_epoch)]
-        assert torch.cat(seen).flatten().tolist() == list(range(96)) and loader.position == 0
+        assert torch.cat(seen).flatten().tolist() == list(range(96)) and loader.position == loader.epoch_tokens
 
 
 @pytest.mark.parametrize("B", [1, 2, 4])
@@ -111,7 +114,7 @@ def test_two_epochs_of_shards(tmp_path, world):
     ranks = [DataLoaderLite(train, B, T, total_batch_size, rank, world) for rank in range(world)]
     for _ in range(2):
         seen, targets = [], []
-        while not seen or ranks[0].position:
+        while not seen or ranks[0].position % epoch:
             for rank in ranks:
                 x, y = rank.next_batch()
                 seen.append(x.flatten())
@@ -119,6 +122,61 @@ def test_two_epochs_of_shards(tmp_path, world):
             assert len({rank.position for rank in ranks}) == 1  # nobody drifts, at a shard's end or elsewhere
         assert torch.cat(seen).tolist() == tokens[:epoch].tolist()
         assert torch.cat(targets).tolist() == tokens[1 : epoch + 1].tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shuffled_epochs(tmp_path, world):
+    write_shards(tmp_path / "shards")
+    train, _ = fineweb.open_shards(tmp_path / "shards", 50257)
+    B, T, total_batch_size = 2, 16, 512
+    counts = [(size - 1) // T for size in train.sizes]
+    allowed = {train.ends[i] - train.sizes[i] + T * k for i in range(len(counts)) for k in range(counts[i])}
+    ranks = [DataLoaderLite(train, B, T, total_batch_size, rank, world, seed=7) for rank in range(world)]
+    tokens = train[: len(train)].tolist()
+    orders = []
+    for epoch in range(2):
+        starts, seen = [], []
+        while not seen or ranks[0].position % ranks[0].epoch_tokens:
+            first = ranks[0].position // T
+            starts += [ranks[0].start(number) for number in range(first, first + B * world)]
+            for rank in ranks:
+                x, y = rank.next_batch()
+                seen += [row.tolist() + [end] for row, end in zip(x, y[:, -1].tolist())]
+        assert seen == [tokens[start : start + T + 1] for start in starts]
+        assert len(starts) == len(set(starts)) and allowed.issuperset(starts)  # no window twice, none over two shards
+        assert len(allowed) - len(starts) < total_batch_size // T  # and all of them, but for the last, partial, update
+        orders.append(starts)
+    if world == 1:
+        shards = [[int(train.ends.searchsorted(start, side="right")) for start in starts] for starts in orders]
+        changes = [sum(a != b for a, b in zip(order, order[1:])) for order in shards]
+        assert changes == [len(counts) - 1] * 2  # one shard after another
+        assert list(dict.fromkeys(shards[0])) != list(dict.fromkeys(shards[1]))
+        assert orders[0][:20] != sorted(orders[0][:20])
+    again = DataLoaderLite(train, B, T, total_batch_size, seed=7)  # to begin anywhere is to go on there
+    again.position = ranks[0].position // 2 // (B * T) * (B * T)
+    assert again.start(again.position // T) == (orders[0] + orders[1])[again.position // T]
+    other = DataLoaderLite(train, B, T, total_batch_size, seed=8)
+    assert [other.start(number) for number in range(20)] != orders[0][:20]
+
+
+def test_many_shards_are_opened_at_once_and_in_little_memory(tmp_path):
+    for i in range(10_001):  # sparse files: they take no room on the disk
+        with open(tmp_path / f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy", "wb") as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="<u2", fortran_order=False, shape=(100_000_000,)))
+            f.truncate(f.tell() + 200_000_000)
+    probe = (
+        "import fineweb, re, sys, train_gpt2\n"
+        "resident = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = resident()\n"
+        "train, _ = fineweb.open_shards(sys.argv[1], 50257)\n"
+        "train.check = lambda shard: None  # it reads the shard, which has nothing to do with their number\n"
+        "loader = train_gpt2.DataLoaderLite(train, 64, 1024, 2**19, seed=1)\n"
+        "loader.position = 10**12 // 2**19 * 2**19\n"
+        "print(loader.next_batch()[0].shape, loader.epoch_tokens, resident() - before)\n")
+    done = subprocess.run([sys.executable, "-c", probe, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    *shape, tokens, kilobytes = done.stdout.replace("torch.Size", "").split()
+    assert int(tokens) == 10_000 * 97_656 * 1024 // 2**19 * 2**19, done.stderr
+    assert int(kilobytes) < 100_000
 
 
 def test_all_processes_find_a_damaged_shard_at_the_same_batch(tmp_path, capsys):
@@ -156,7 +214,7 @@ def test_the_laptops_run_ends_with_an_epoch():
     cfg = fill_defaults(TrainConfig(data=INPUT), torch.device("cpu"))
     train, val = fineweb.load_data(INPUT, gpt2_encoding())
     loader = DataLoaderLite(train, cfg.batch_size, cfg.seq_len, cfg.total_batch_size)
-    assert cfg.max_steps * cfg.total_batch_size == 4 * loader.epoch_tokens  # and doesn't forget its end for its beginning
+    assert cfg.max_steps * cfg.total_batch_size == 5 * loader.epoch_tokens  # all was read as often
     assert cfg.val_tokens >= len(val) - 1 and cfg.max_steps % cfg.eval_interval == 0
 
 
@@ -165,6 +223,7 @@ def test_a_run_from_shards(tmp_path, monkeypatch, capsys):
     tokens = write_shards(tmp_path / "edu_fineweb10B")
     main(TrainConfig(model="laptop", batch_size=2, seq_len=32, total_batch_size=128, max_steps=2, dtype="float32"))
     out = capsys.readouterr().out
+    epoch = sum((size - 1) // 32 for size in [3000] * (len(tokens) // 3000) + [len(tokens) % 3000]) // 4 * 128
     assert "data: edu_fineweb10B\n" in out and out.count("| loss: ") == 2
     assert (f"{len(tokens):,} tokens to train on, 2,999 to validate; 1 update = 128 tokens = 2 micro-batches of 2 x 32 "
-            f"x 1; 1 epoch = {(len(tokens) - 1) // 128:,}.0 updates") in out
+            f"x 1; 1 epoch = {epoch // 128}.0 updates, and leaves out {len(tokens) - epoch} tokens\n") in out

@@ -225,7 +225,7 @@ def test_a_damaged_checkpoint_is_one_line(capsys, way):
     assert not os.path.exists("log2")
 
 
-EVERYTHING = dict(eval_interval=2, sample_interval=3, checkpoint_interval=1, val_tokens=200)
+EVERYTHING = dict(eval_interval=3, sample_interval=10, checkpoint_interval=1, val_tokens=200)
 
 
 def resume_each(capsys, settings, steps):
@@ -254,18 +254,19 @@ def resume_each(capsys, settings, steps):
         assert torch.equal(*states)
 
 
-def test_resume_over_shards(capsys):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resume_over_shards(capsys, shuffle):
     fineweb.start_worker(gpt2_encoding())
     texts = [fineweb.tokenize(text) for text in hub.make_documents(20)]
     os.mkdir("shards")
     for i, shard in enumerate(fineweb.cut(texts, 300)):
         fineweb.write_shard("shards", i, shard)
-    _, out = train(capsys, data="shards", max_steps=1)
+    _, out = train(capsys, data="shards", max_steps=1, shuffle=shuffle)
     per_epoch = int(re.search(r"1 epoch = (\d+)\.0 updates", out)[1])
     assert 20 < per_epoch < 40
     # 300 tokens are 4.7 updates of 64: stops within a shard, just after the update that crosses its end, and around the
     # epoch's end
-    resume_each(capsys, dict(data="shards", max_steps=per_epoch + 4), [2, 5, per_epoch - 1, per_epoch, per_epoch + 1])
+    resume_each(capsys, dict(data="shards", shuffle=shuffle, max_steps=per_epoch + 4), [2, 5, per_epoch - 1, per_epoch, per_epoch + 1])
 
 
 def test_resume_compiled(capsys):
