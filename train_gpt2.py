@@ -607,6 +607,7 @@ def main(cfg):
     except OSError as e:
         fail(f"--log_dir {cfg.log_dir}: {e.strerror}")
 
+    skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
     for step in range(max(done, 0), cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
 
@@ -629,7 +630,7 @@ def main(cfg):
             path = os.path.join(cfg.log_dir, f"model_{step:05d}.pt")
             with replacing(path) as f:
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
-                                optimizer=optimizer.state_dict(), step=step, position=loader.position,
+                                optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
                                 log_length=os.path.getsize(log_path)), f)
             print(f"step {step:5d} | saved {path}")
         if last:
@@ -643,13 +644,21 @@ def main(cfg):
         if world > 1:  # each process has the mean of its own losses
             dist.all_reduce(loss)
             loss /= world
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)  # returns the norm before the cut
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()  # returns the norm before the cut
+        loss = loss.item()
+        good = math.isfinite(loss) and math.isfinite(norm)  # the same in all processes: both are of the mean
+        if good:  # what isn't a number would make every weight one that isn't, for good
+            optimizer.step()
+        skipped = 0 if good else skipped + 1
         torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done
         dt = time.perf_counter() - t0  # seconds
-        print0(f"step {step:5d} | loss: {loss.item():.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-               f"dt: {1000 * dt:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}")
-        log.write(f"{step} train {loss.item():.6f}\n")
+        print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
+               f"tok/sec: {cfg.total_batch_size / dt:.2f}" + (not good) * f" | skipped, {skipped} in a row")
+        log.write(f"{step} train {loss:.6f}\n")
+        if skipped == 5:  # what is wrong then goes on being wrong
+            fail(f"step {step}: loss or gradient was no finite number 5 times in a row, last in "
+                 f"{tokens.where(loader.start(loader.position // loader.T - 1))}; the weights are those of step {step - 4}. "
+                 "A lower --max_lr may help, or another --seed")
 
     log.close()
     if world > 1:

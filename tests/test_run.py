@@ -305,3 +305,44 @@ def test_resume_of_a_run_that_saved_nothing(capsys):
     _, out = train(capsys, resume=True)
     assert "the run in log saved no checkpoint: starting at step 0\n" in out
     assert open("log/log.txt").read() == whole == open("log.1/log.txt").read()
+
+
+def plant(monkeypatch, steps, way):
+    """Spoil the first of the two micro-batches of these steps: its loss, or its gradient alone."""
+    forward, calls = GPT.forward, iter(range(10**6))
+
+    def spoilt(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        if torch.is_grad_enabled() and next(calls) in [2 * step for step in steps]:
+            loss = loss * math.nan if way == "loss" else loss + (0 * logits.sum()).sqrt()  # 0, and its slope is not
+        return logits, loss
+    monkeypatch.setattr(GPT, "forward", spoilt)
+
+
+@pytest.mark.parametrize("way", ["loss", "gradient"])
+def test_a_number_gone_bad_never_reaches_the_weights(capsys, monkeypatch, way):
+    plant(monkeypatch, [2, 4], way)
+    _, out = train(capsys, checkpoint_interval=1, max_steps=6)
+    assert re.findall(r"^step +(\d+) .* norm: nan \|", out, re.M) == ["2", "4"]
+    assert ("2 train nan\n" in open("log/log.txt").read()) == (way == "loss")
+    saved = [torch.load(f"log/model_0000{n}.pt") for n in range(1, 7)]
+    for n in range(1, 6):
+        a, b = saved[n - 1], saved[n]  # before and after step n
+        same = [torch.equal(a["model"][name], b["model"][name]) for name in a["model"]]
+        same += [torch.equal(a["optimizer"]["state"][i][name], b["optimizer"]["state"][i][name])
+                 for i in a["optimizer"]["state"] for name in ("step", "exp_avg", "exp_avg_sq")]
+        assert all(same) if n in (2, 4) else not any(same)
+        assert b["position"] == a["position"] + 64 and b["skipped"] == (n in (2, 4))
+
+
+def test_bad_numbers_that_go_on_stop_the_run(capsys, monkeypatch):
+    plant(monkeypatch, [0, 2, 3, 4, 5, 6], "loss")
+    with pytest.raises(SystemExit) as end:
+        train(capsys, checkpoint_interval=2, max_steps=20)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and re.findall(r"skipped, (\d) in a row", out) == ["1", "1", "2", "3", "4", "5"]
+    assert re.fullmatch(r"train_gpt2\.py: step 6: loss or gradient was no finite number 5 times in a row, last in the text "
+                        r"at token [\d,]+; the weights are those of step 2\. A lower --max_lr may help, or another --seed\n", err)
+    last, before = load_checkpoint("log/model_00006.pt")[0], load_checkpoint("log/model_00002.pt")[0]
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), before.parameters()))
+    assert sorted(os.listdir("log"))[-1] == "model_00006.pt"
