@@ -12,7 +12,6 @@ import ctypes
 import inspect
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -313,6 +312,8 @@ class TrainConfig:
     hellaswag_interval: int = None  # updates between two HellaSwag scores; 0: never
     sample_interval: int = None  # updates between two rounds of samples; 0: never
     checkpoint_interval: int = None  # updates between two checkpoints; 0: none
+    checkpoint_minutes: float = 30.0  # and minutes after which one more is written; 0: none
+    keep_checkpoints: int = 3  # how many of the newest are kept, beside those of every 5000th update
     log_dir: str = "log"  # the folder for log.txt and checkpoints
     resume: bool = False  # go on from log_dir's newest checkpoint, with its settings but for those given
     device: str = None  # cuda, mps or cpu; the best there is if not given
@@ -354,11 +355,12 @@ def parse_flags(argv=None):
 
 def check(cfg, world):
     """End the program where a setting of cfg, a filled one, can't work with world processes."""
-    for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens"):
+    for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens",
+                 "keep_checkpoints"):
         if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
             fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
     for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval", "hellaswag_interval",
-                 "checkpoint_interval"):
+                 "checkpoint_interval", "checkpoint_minutes"):
         if not 0 <= getattr(cfg, name) < 2**63:
             fail(f"--{name} {getattr(cfg, name)} is not 0 or a number above it")
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
@@ -493,7 +495,7 @@ def evaluate(model, tokens, B, T, dtype, rank=0, world=1):
 def load_checkpoint(path):
     """Return (the GPT, all that was saved with it) of the checkpoint at path: a dict of tensors and plain values.
 
-    Raises OSError where it can't be read, ValueError where it isn't what was saved.
+    Its train_config is a TrainConfig again. Raises OSError where it can't be read, ValueError where it isn't what was saved.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch's format
@@ -502,9 +504,28 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu")
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged, or no checkpoint of train_gpt2.py: {str(e).splitlines()[0]}") from e
+        checkpoint["train_config"] = TrainConfig(**checkpoint["train_config"])
+    except OSError:
+        raise
+    except Exception as e:  # whatever: wrong bytes can break any of these lines in any way
+        raise ValueError(f"{path} is damaged, or no checkpoint of train_gpt2.py: {(str(e) or repr(e)).splitlines()[0]}") from e
     return model, checkpoint
+
+
+def checkpoints(folder):
+    """Return {number of updates: path} of the checkpoints in folder, the newest first."""
+    found = [(re.fullmatch(r"model_(\d{5,})\.pt", name), os.path.join(folder, name)) for name in os.listdir(folder)]
+    return dict(sorted(((int(match[1]), path) for match, path in found if match), reverse=True))
+
+
+def newest_checkpoint(folder):
+    """Return load_checkpoint's pair for the newest whole checkpoint in folder, or (None, None); name what is damaged."""
+    for path in checkpoints(folder).values() if os.path.isdir(folder) else ():
+        try:
+            return load_checkpoint(path)
+        except (OSError, ValueError) as e:
+            print0(f"warning: passed over: {e}", file=sys.stderr)
+    return None, None
 
 
 def main(cfg):
@@ -513,16 +534,11 @@ def main(cfg):
     log_path = os.path.join(cfg.log_dir, "log.txt")
     checkpoint, done = None, -1
     if cfg.resume:
-        if not os.path.exists(log_path):
+        model, checkpoint = newest_checkpoint(cfg.log_dir)
+        if not checkpoint and not os.path.exists(log_path):
             fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
-        saved = [int(m[1]) for name in os.listdir(cfg.log_dir) if (m := re.fullmatch(r"model_(\d{5,})\.pt", name))]
-        if saved:
-            newest = os.path.join(cfg.log_dir, f"model_{max(saved):05d}.pt")
-            try:
-                model, checkpoint = load_checkpoint(newest)
-                begun, done = TrainConfig(**checkpoint["train_config"]), checkpoint["step"]
-            except (OSError, ValueError, TypeError) as e:
-                fail(f"--resume: {e}")
+        if checkpoint:
+            begun, done = checkpoint["train_config"], checkpoint["step"]
             if cfg.model not in (None, begun.model):
                 fail(f"--model {cfg.model}: the run in {cfg.log_dir} was begun with {begun.model}; leave the flag out")
             given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) not in (None, f.default)}
@@ -582,9 +598,9 @@ def main(cfg):
         # AdamW's averages are the checkpoint's, what it does with them (its groups) is what cfg says
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
         loader.position = checkpoint["position"]
-        print0(f"going on from {newest}: {done} of {cfg.max_steps} updates are done")
+        print0(f"going on from {os.path.join(cfg.log_dir, f'model_{done:05d}.pt')}: {done} of {cfg.max_steps} updates are done")
     elif cfg.resume:
-        print0(f"the run in {cfg.log_dir} saved no checkpoint: starting at step 0")
+        print0(f"the run in {cfg.log_dir} has no whole checkpoint: starting at step 0")
     if cfg.hellaswag_interval:
         try:
             examples = hellaswag.load_examples()
@@ -595,7 +611,11 @@ def main(cfg):
         TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
         if world > 1:
             dist.barrier()
-        if rank == 0 and checkpoint:  # what was logged after it will be logged again
+        if rank == 0 and checkpoint:
+            for number, path in checkpoints(cfg.log_dir).items():
+                if number > done:  # it is damaged; its name is for a good one
+                    os.replace(path, path + ".damaged")
+            # what was logged after the checkpoint will be logged again
             os.truncate(log_path, min(checkpoint["log_length"], os.path.getsize(log_path)))
         elif rank == 0 and os.path.exists(log_path):
             folder = os.path.normpath(cfg.log_dir)
@@ -608,6 +628,7 @@ def main(cfg):
         fail(f"--log_dir {cfg.log_dir}: {e.strerror}")
 
     skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
+    saved_at = time.monotonic()
     for step in range(max(done, 0), cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
 
@@ -626,13 +647,21 @@ def main(cfg):
         if due(cfg.sample_interval):
             for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
                 print0(">", text)
-        if due(cfg.checkpoint_interval) and step > 0 and rank == 0:
-            path = os.path.join(cfg.log_dir, f"model_{step:05d}.pt")
+        late = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
+        if rank == 0 and (due(cfg.checkpoint_interval) or late):
+            path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
             with replacing(path) as f:
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
                                 optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
                                 log_length=os.path.getsize(log_path)), f)
+            try:
+                step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
+            except ValueError as e:
+                fail(f"--log_dir {cfg.log_dir}: {e}")
             print(f"step {step:5d} | saved {path}")
+            for old, path in list(checkpoints(cfg.log_dir).items())[cfg.keep_checkpoints :]:
+                if old % 5000 or old == 0:
+                    os.remove(path)
         if last:
             break
         t0 = time.perf_counter()

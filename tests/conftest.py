@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,3 +41,12 @@ def run(tmp_path):
 def program(monkeypatch):
     """Be train_gpt2.py, whose name stands before an error, where a test doesn't say otherwise."""
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py"])
+
+
+def damaged(data, cuts, flips):
+    """Yield data, bytes, cut at so many places, and with so many bytes flipped, one at a time."""
+    random = np.random.default_rng(0)
+    for length in np.linspace(0, len(data) - 1, cuts, dtype=int):
+        yield data[:length]
+    for place in random.integers(len(data), size=flips):
+        yield data[:place] + bytes([data[place] ^ int(random.integers(1, 256))]) + data[place + 1 :]

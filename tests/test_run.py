@@ -10,6 +10,7 @@ import hub
 import numpy as np
 import pytest
 import torch
+from conftest import damaged
 
 import fineweb
 import hellaswag
@@ -173,7 +174,7 @@ def test_a_log_folder_that_cannot_be_written(capsys, tmp_path):
 
 def test_a_checkpoint_needs_nothing_of_ours(capsys, tmp_path):
     model, out = train(capsys, checkpoint_interval=4)
-    assert sorted(os.listdir("log")) == ["log.txt", "model_00004.pt", "model_00006.pt"]  # and after the last update
+    assert sorted(os.listdir("log")) == ["log.txt", "model_00000.pt", "model_00004.pt", "model_00006.pt"]  # the last one too
     assert "step     6 | saved log/model_00006.pt\n" in out
     (tmp_path / "read.py").write_text(
         "import sys, torch\n"
@@ -225,7 +226,7 @@ def test_a_damaged_checkpoint_is_one_line(capsys, way):
     assert not os.path.exists("log2")
 
 
-EVERYTHING = dict(eval_interval=3, sample_interval=10, checkpoint_interval=1, val_tokens=200)
+EVERYTHING = dict(eval_interval=3, sample_interval=10, checkpoint_interval=1, keep_checkpoints=100, val_tokens=200)
 
 
 def resume_each(capsys, settings, steps):
@@ -303,7 +304,7 @@ def test_resume_of_a_run_that_saved_nothing(capsys):
     train(capsys)
     whole = open("log/log.txt").read()
     _, out = train(capsys, resume=True)
-    assert "the run in log saved no checkpoint: starting at step 0\n" in out
+    assert "the run in log has no whole checkpoint: starting at step 0\n" in out
     assert open("log/log.txt").read() == whole == open("log.1/log.txt").read()
 
 
@@ -322,7 +323,7 @@ def plant(monkeypatch, steps, way):
 @pytest.mark.parametrize("way", ["loss", "gradient"])
 def test_a_number_gone_bad_never_reaches_the_weights(capsys, monkeypatch, way):
     plant(monkeypatch, [2, 4], way)
-    _, out = train(capsys, checkpoint_interval=1, max_steps=6)
+    _, out = train(capsys, checkpoint_interval=1, max_steps=6, keep_checkpoints=9)
     assert re.findall(r"^step +(\d+) .* norm: nan \|", out, re.M) == ["2", "4"]
     assert ("2 train nan\n" in open("log/log.txt").read()) == (way == "loss")
     saved = [torch.load(f"log/model_0000{n}.pt") for n in range(1, 7)]
@@ -346,3 +347,59 @@ def test_bad_numbers_that_go_on_stop_the_run(capsys, monkeypatch):
     last, before = load_checkpoint("log/model_00006.pt")[0], load_checkpoint("log/model_00002.pt")[0]
     assert all(torch.equal(a, b) for a, b in zip(last.parameters(), before.parameters()))
     assert sorted(os.listdir("log"))[-1] == "model_00006.pt"
+
+
+def test_the_newest_checkpoints_are_kept_and_every_5000th(capsys):
+    train(capsys, checkpoint_interval=1, max_steps=5)
+    assert sorted(os.listdir("log")) == ["log.txt", "model_00003.pt", "model_00004.pt", "model_00005.pt"]
+    checkpoint = torch.load("log/model_00005.pt") | dict(step=4998)
+    for name in ("model_00003.pt", "model_00004.pt", "model_00005.pt"):
+        os.remove(f"log/{name}")
+    torch.save(checkpoint, "log/model_04998.pt")
+    main(TrainConfig(resume=True, max_steps=5004, keep_checkpoints=2))
+    assert sorted(os.listdir("log")) == ["log.txt", "model_05000.pt", "model_05003.pt", "model_05004.pt"]
+
+
+def test_a_checkpoint_every_so_many_minutes(capsys):
+    train(capsys, checkpoint_minutes=1e-9, max_steps=3, keep_checkpoints=9)
+    assert sorted(os.listdir("log")) == ["log.txt", *(f"model_0000{step}.pt" for step in range(4))]
+
+
+def test_no_damage_of_a_checkpoint_goes_unseen(capsys, tmp_path):
+    train(capsys, checkpoint_interval=2, max_steps=2)
+    whole = load_checkpoint("log/model_00002.pt")[1]
+    data = (tmp_path / "log" / "model_00002.pt").read_bytes()
+    directory = data[-20_000:]  # names, places, sizes: less than a hundredth of the file, and most of its pitfalls
+    seen = 0
+    for spoilt in [*damaged(data, 10, 50), *(data[:-20_000] + end for end in damaged(directory, 10, 60))]:
+        (tmp_path / "spoilt.pt").write_bytes(spoilt)
+        try:
+            _, checkpoint = load_checkpoint("spoilt.pt")
+        except ValueError as e:
+            assert str(e).startswith("spoilt.pt is damaged, or no checkpoint of train_gpt2.py: ") and "\n" not in str(e)
+            seen += 1
+        else:  # a date, say, or the space between two records
+            assert str(checkpoint) == str(whole)
+            assert all(torch.equal(a, b) for a, b in zip(checkpoint["model"].values(), whole["model"].values()))
+    assert seen > 60
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(capsys, tmp_path):
+    model, _ = train(capsys, checkpoint_interval=2, max_steps=8)
+    whole = open("log/log.txt").read()
+    torn = {name: data[: len(data) // 3] for name in ("model_00006.pt", "model_00008.pt")
+            if (data := (tmp_path / "log" / name).read_bytes())}
+    for name, data in torn.items():
+        (tmp_path / "log" / name).write_bytes(data)
+    capsys.readouterr()
+    resumed = main(TrainConfig(resume=True))
+    out, err = capsys.readouterr()
+    assert "going on from log/model_00004.pt: 4 of 8 updates are done\n" in out
+    lines = err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"warning: passed over: log/{name} is damaged")
+                                   for line, name in zip(lines, ("model_00008.pt", "model_00006.pt")))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
+    assert open("log/log.txt").read() == whole
+    for name, data in torn.items():
+        assert (tmp_path / "log" / (name + ".damaged")).read_bytes() == data
+        load_checkpoint(f"log/{name}")
