@@ -522,7 +522,10 @@ def newest_checkpoint(folder):
     """Return load_checkpoint's pair for the newest whole checkpoint in folder, or (None, None); name what is damaged."""
     for path in checkpoints(folder).values() if os.path.isdir(folder) else ():
         try:
-            return load_checkpoint(path)
+            model, checkpoint = load_checkpoint(path)
+            if "log" not in checkpoint:
+                raise ValueError(f"{path} was saved by an older version")
+            return model, checkpoint
         except (OSError, ValueError) as e:
             print0(f"warning: passed over: {e}", file=sys.stderr)
     return None, None
@@ -615,8 +618,16 @@ def main(cfg):
             for number, path in checkpoints(cfg.log_dir).items():
                 if number > done:  # it is damaged; its name is for a good one
                     os.replace(path, path + ".damaged")
-            # what was logged after the checkpoint will be logged again
-            os.truncate(log_path, min(checkpoint["log_length"], os.path.getsize(log_path)))
+            for name in os.listdir(cfg.log_dir):
+                if name.endswith(".tmp"):  # what a kill left of one
+                    os.remove(os.path.join(cfg.log_dir, name))
+            with open(log_path, "a+", encoding="utf-8", errors="replace") as f:
+                f.seek(0)
+                if not f.read().startswith(checkpoint["log"]):
+                    os.replace(log_path, log_path + ".damaged")
+                    print(f"warning: {log_path} isn't what was logged; the checkpoint has that", file=sys.stderr)
+            with replacing(log_path) as f:  # what was logged after the checkpoint will be logged again
+                f.write(checkpoint["log"].encode())
         elif rank == 0 and os.path.exists(log_path):
             folder = os.path.normpath(cfg.log_dir)
             older = next(name for n in range(1, 10**6) if not os.path.exists(name := f"{folder}.{n}"))
@@ -650,10 +661,10 @@ def main(cfg):
         late = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
         if rank == 0 and (due(cfg.checkpoint_interval) or late):
             path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
-            with replacing(path) as f:
+            with replacing(path) as f, open(log_path, encoding="utf-8") as logged:
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
                                 optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
-                                log_length=os.path.getsize(log_path)), f)
+                                log=logged.read()), f)
             try:
                 step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
             except ValueError as e:

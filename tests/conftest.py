@@ -1,5 +1,6 @@
 """pytest's set-up: --history, and a short way to run train_gpt2.py."""
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,15 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  #
 
 def pytest_addoption(parser):
     parser.addoption("--history", action="store_true", help="replay every step of the history, and nothing else")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run side by side, so each gets along with one thread
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Say how many tests run side by side; a step that is replayed wants the machine for itself."""
+    return 0 if config.getoption("--history") else min(4, os.cpu_count())
 
 
 def pytest_configure(config):

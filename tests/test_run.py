@@ -384,6 +384,21 @@ def test_no_damage_of_a_checkpoint_goes_unseen(capsys, tmp_path):
     assert seen > 60
 
 
+@pytest.mark.parametrize("spoil", [lambda log: log[:40], lambda log: log.replace(b"train", b"tra\xffn"), lambda log: b"",
+                                   lambda log: None])
+def test_a_damaged_log_is_made_anew(capsys, tmp_path, spoil):
+    train(capsys, checkpoint_interval=2)
+    path = tmp_path / "log" / "log.txt"
+    whole = path.read_bytes()
+    os.remove("log/model_00006.pt")
+    spoilt = spoil(whole)
+    path.unlink() if spoilt is None else path.write_bytes(spoilt)
+    main(TrainConfig(resume=True))
+    assert path.read_bytes() == whole
+    assert capsys.readouterr().err == "warning: log/log.txt isn't what was logged; the checkpoint has that\n"
+    assert (tmp_path / "log" / "log.txt.damaged").read_bytes() == (spoilt or b"")
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_kept(capsys, tmp_path):
     model, _ = train(capsys, checkpoint_interval=2, max_steps=8)
     whole = open("log/log.txt").read()
