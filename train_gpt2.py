@@ -639,12 +639,21 @@ def main(cfg):
         fail(f"--log_dir {cfg.log_dir}: {e.strerror}")
 
     skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
-    saved_at = time.monotonic()
+    evaluated = done if checkpoint and checkpoint["evaluated"] else -1  # the step at which all that was due is done
+    saved_at, asked, stopping = time.monotonic(), [], False
+
+    def ask(number, frame):  # to stop, when the step is done
+        if number == signal.SIGINT and asked and time.monotonic() - asked[0] > 1:  # torchrun sends the first one twice
+            os._exit(130)
+        asked.append(time.monotonic())
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, ask) for number in numbers}
     for step in range(max(done, 0), cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
 
         def due(interval):
-            return interval and (step % interval == 0 or last) and step != done  # that was before the checkpoint
+            return interval and (step % interval == 0 or last) and step != evaluated and not stopping
 
         if due(cfg.eval_interval):
             val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)
@@ -659,12 +668,12 @@ def main(cfg):
             for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
                 print0(">", text)
         late = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
-        if rank == 0 and (due(cfg.checkpoint_interval) or late):
+        if rank == 0 and (due(cfg.checkpoint_interval) or late or stopping):
             path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
             with replacing(path) as f, open(log_path, encoding="utf-8") as logged:
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
                                 optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
-                                log=logged.read()), f)
+                                evaluated=not stopping, log=logged.read()), f)
             try:
                 step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
             except ValueError as e:
@@ -673,7 +682,7 @@ def main(cfg):
             for old, path in list(checkpoints(cfg.log_dir).items())[cfg.keep_checkpoints :]:
                 if old % 5000 or old == 0:
                     os.remove(path)
-        if last:
+        if last or stopping:
             break
         t0 = time.perf_counter()
         lr = get_lr(step, cfg)
@@ -681,11 +690,12 @@ def main(cfg):
             group["lr"] = lr
         optimizer.zero_grad()  # backward adds to what is there
         loss = accumulate_gradients(train_model, loader, grad_accum_steps, cfg.dtype)
-        if world > 1:  # each process has the mean of its own losses
-            dist.all_reduce(loss)
-            loss /= world
+        means = torch.stack((loss, torch.full_like(loss, bool(asked))))  # (2,)
+        if world > 1:  # each process has the mean of its own losses, and was asked to stop or wasn't
+            dist.all_reduce(means)
+            means /= world
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()  # returns the norm before the cut
-        loss = loss.item()
+        loss, stopping = means.tolist()
         good = math.isfinite(loss) and math.isfinite(norm)  # the same in all processes: both are of the mean
         if good:  # what isn't a number would make every weight one that isn't, for good
             optimizer.step()
@@ -701,6 +711,10 @@ def main(cfg):
                  "A lower --max_lr may help, or another --seed")
 
     log.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stopping:
+        print0(f"stopped after {step} of {cfg.max_steps} updates; --resume goes on")
     if world > 1:
         dist.destroy_process_group()
     return model
