@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from functools import lru_cache
 from tempfile import TemporaryFile
@@ -25,6 +26,32 @@ from tqdm import tqdm
 
 KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
 SHARDS = "edu_fineweb10B"  # the folder to write to, and the one where train_gpt2.py looks
+
+
+def print0(*args, **kwargs):
+    """print, in the first of torchrun's processes alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, **kwargs)
+
+
+def fail(message):
+    """End the program for bad input: one line on standard error, from one process, and status 2 from all that come here."""
+    world, attempt = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    first = True
+    if world > 1:
+        import torch.distributed as dist  # there is a launcher, so torch is there already
+
+        # torchrun terminates the others as soon as one ends: wait for them a while, as most faults are found by all
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        store, _, world = next(dist.rendezvous("env://"))
+        first = store.add(f"failed {attempt}", 1) == 1
+    if first:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    for _ in range(50 * (world > 1)):
+        if store.add(f"failed {attempt}", 0) == world:
+            break
+        time.sleep(0.1)
+    sys.exit(2)
 
 
 def start_worker(encoding):
@@ -225,7 +252,7 @@ def load(args):
 
 def main(argv=None):
     """Write the shards. Ends the program, status 2, where that can't be done."""
-    from train_gpt2 import fail, gpt2_encoding  # it imports torch, for which the workers needn't wait
+    from train_gpt2 import gpt2_encoding  # it imports torch, for which the workers needn't wait
 
     parser = argparse.ArgumentParser(description="Write FineWeb-Edu, or other text, as shards of GPT-2's tokens.")
     parser.error = fail  # argparse's own prints a usage block first

@@ -33,7 +33,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from fineweb import SHARDS, load_data, replacing
+from fineweb import SHARDS, fail, load_data, print0, replacing
 
 # -----------------------------------------------------------------------------
 # The model
@@ -394,24 +394,6 @@ def pick_device(name=None):
         fail(f"{local_world} processes want a GPU each, and here are {torch.cuda.device_count()}: start as many "
              "processes as there are GPUs, or say --device cpu")
     return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-
-
-def print0(*args, **kwargs):
-    """print, in the first process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, **kwargs)
-
-
-def fail(message):
-    """End the program for bad input: one line on standard error from the first process, status 2 from all."""
-    print0(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # torchrun terminates the others as soon as one ends: wait until each has come here, then end unhurried
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        dist.barrier()
-    sys.exit(2)
 
 
 def has_bfloat16(device):

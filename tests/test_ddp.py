@@ -59,6 +59,17 @@ def test_two_processes_train_like_one(tmp_path):
     assert not any("module." in name or "_orig_mod." in name for name in first)
 
 
+def test_a_fault_of_one_process(tmp_path):
+    (tmp_path / "probe.py").write_text("import os, train_gpt2\n"
+                                       "if os.environ['RANK'] == '1': os.chdir('elsewhere')\n" + PROBE)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "text.txt").write_text("word" + " word" * 2000)
+    out, statuses = torchrun("probe.py", *FLAGS, "--data", "text.txt", cwd=tmp_path)
+    assert 2 in statuses
+    assert re.findall(r"^probe\.py: .*$", out, re.M) == [
+        f"probe.py: --data text.txt: there is no such file or folder in {tmp_path}/elsewhere; start in the folder that holds it"]
+
+
 @pytest.mark.parametrize("flags, line", [
     (["--max_step", "1"], "unrecognized arguments: --max_step 1"),
     (["--total_batch_size", "64"], "--total_batch_size 64 is not a multiple of batch_size x seq_len x processes = "
