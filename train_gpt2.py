@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from importlib.resources import files
 from importlib.util import find_spec
 from tempfile import TemporaryFile
@@ -319,6 +320,7 @@ class TrainConfig:
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
+    timeout_minutes: float = 10.0  # how long processes wait for one that died or hangs
     seed: int = 1337  # of the weights at the start, and of the data's order
 
 
@@ -356,7 +358,7 @@ def parse_flags(argv=None):
 def check(cfg, world):
     """End the program where a setting of cfg, a filled one, can't work with world processes."""
     for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens",
-                 "keep_checkpoints"):
+                 "keep_checkpoints", "timeout_minutes"):
         if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
             fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
     for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval", "hellaswag_interval",
@@ -517,24 +519,35 @@ def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     log_path = os.path.join(cfg.log_dir, "log.txt")
-    checkpoint, done = None, -1
-    if cfg.resume:
+    model, checkpoint = None, None
+    run_id, restarts = os.environ.get("TORCHELASTIC_RUN_ID"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if cfg.resume or restarts:
         model, checkpoint = newest_checkpoint(cfg.log_dir)
-        if not checkpoint and not os.path.exists(log_path):
+        if not cfg.resume and checkpoint and checkpoint["run_id"] != run_id:
+            model, checkpoint = None, None
+        if cfg.resume and not checkpoint and not os.path.exists(log_path):
             fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
         if checkpoint:
-            begun, done = checkpoint["train_config"], checkpoint["step"]
+            begun = checkpoint["train_config"]
             if cfg.model not in (None, begun.model):
                 fail(f"--model {cfg.model}: the run in {cfg.log_dir} was begun with {begun.model}; leave the flag out")
             given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) not in (None, f.default)}
             cfg = replace(begun, **given | dict(log_dir=cfg.log_dir))
+    done = checkpoint["step"] if checkpoint else -1
     device = pick_device(cfg.device)
     cfg = fill_defaults(cfg, device)
     check(cfg, world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # under a prefix: after a restart, what the dead ones told each other still stands in torchrun's store
+        store = dist.PrefixStore(f"attempt {restarts}", next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=cfg.timeout_minutes))
+        dist.all_gather_object(found := [None] * world, done)
+        if len(set(found)) > 1:
+            fail(f"--resume: the processes find different checkpoints, after {found} updates; share {cfg.log_dir} between the "
+                 "machines")
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
            f"autocast: {cfg.dtype}, compile: {cfg.compile}")
@@ -654,7 +667,7 @@ def main(cfg):
             path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
             with replacing(path) as f, open(log_path, encoding="utf-8") as logged:
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
-                                optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
+                                optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped, run_id=run_id,
                                 evaluated=not stopping, log=logged.read()), f)
             try:
                 step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
@@ -703,4 +716,10 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_flags())
+    try:
+        main(parse_flags())
+    except RuntimeError as e:  # both libraries name themselves in their errors
+        if not re.search("gloo|nccl", str(e), re.I):
+            raise
+        sys.exit(f"train_gpt2.py: a process died or hangs, and process {os.environ['RANK']} waited for it in vain; --resume "
+                 f"goes on from the newest checkpoint ({str(e).splitlines()[0]})")

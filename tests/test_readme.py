@@ -21,7 +21,7 @@ def test_every_command_line_is_understood(script):
 
 def test_every_flag_in_the_text_is_one():
     known = "".join((ROOT / name).read_text() for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"))
-    known += "--help --history --reverse --oneline --standalone --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint "
+    known += "--help --history --reverse --oneline --standalone --nproc_per_node --nnodes --rdzv_id --rdzv_backend --rdzv_endpoint "
     known += "--max-restarts --shutdown-timeout --signals-to-handle"
     for flag in re.findall(r"--(?:no-)?(\w[\w-]*)", README):
         assert re.search(rf"--{flag}\b|^    {flag}: |\"--{flag}\"", known, re.M), flag

@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends its step, saves it, and goes on when it is told to."""
+"""A run that is asked to stop, whose processes die, or become more or fewer, goes on as if nothing had happened."""
 import os
 import re
 import signal
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
+            "--shutdown-timeout=3", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 FLAGS = ("--data text.txt --model laptop --batch_size 1 --seq_len 16 --total_batch_size 64 --max_steps 40 --max_lr 1e-2 "
          "--dtype float32 --device cpu --eval_interval 10 --val_tokens 200 --sample_interval 0 "
          "--checkpoint_interval 20").split()
@@ -80,6 +80,13 @@ def unbroken(tmp_path_factory):
     return (folder / "log" / "log.txt").read_text(), last_weights(folder)
 
 
+def like(folder, log):
+    """Tell whether the log in folder is log, but for differences below 1e-4."""
+    ours, theirs = ([line.split() for line in text.splitlines()] for text in ((folder / "log" / "log.txt").read_text(), log))
+    return len(ours) == len(theirs) and all(
+        a[:2] == b[:2] and abs(float(a[2]) - float(b[2])) < 1e-4 for a, b in zip(ours, theirs))
+
+
 def test_each_signal_stops_the_run_and_leaves_no_trace(tmp_path, unbroken):
     for at, name, flags in ((5, "SIGTERM", []), (19, "SIGINT", ["--resume"]), (28, "SIGUSR1", ["--resume"])):
         status, out = stop(tmp_path, at, name, 1, *flags)
@@ -112,3 +119,52 @@ def test_all_stop_when_one_is_asked(tmp_path):
     (tmp_path / "go_3").touch()
     out = process.communicate(timeout=100)[0]
     assert process.returncode == 0 and re.search(r"\nstopped after [45] of 40 updates", out), out
+
+
+def test_another_number_of_processes_goes_on(tmp_path, unbroken):
+    stop(tmp_path, 9, "SIGTERM", 1)
+    stop(tmp_path, 17, "SIGINT", 2, "--resume")
+    stop(tmp_path, 28, "SIGUSR1", 4, "--resume")
+    out = start(tmp_path, "--resume").communicate(timeout=100)[0]
+    assert "29 of 40 updates are done" in out and like(tmp_path, unbroken[0])
+
+
+def test_torchrun_starts_a_killed_process_again(tmp_path, unbroken):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.txt").write_text("0 train 1.0\n")  # of another run, long ago
+    process = start(tmp_path, "--checkpoint_interval", "5", at=12, processes=2)
+    for rank in range(2):
+        wait_for(tmp_path / f"waits_12_{rank}", process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    (tmp_path / "go_12").touch()
+    out = process.communicate(timeout=100)[0]
+    assert process.returncode == 0 and "going on from log/model_00010.pt: 10 of 40 updates are done" in out, out
+    assert like(tmp_path, unbroken[0]) and (tmp_path / "log.1" / "log.txt").read_text() == "0 train 1.0\n"
+
+
+def test_processes_that_find_different_checkpoints(tmp_path):
+    stop(tmp_path, 9, "SIGTERM", 1)
+    probe = "import os\nif os.environ['RANK'] == '1': os.chdir('other')\n" + PROBE
+    (tmp_path / "probe2.py").write_text(probe)
+    (tmp_path / "other" / "log").mkdir(parents=True)
+    (tmp_path / "other" / "log" / "log.txt").touch()
+    (tmp_path / "other" / "text.txt").write_text("word " * 9000)
+    out = start(tmp_path, "--resume", processes=2, script="probe2.py").communicate(timeout=100)[0]
+    assert "--resume: the processes find different checkpoints, after [10, -1] updates; share log between the" in out
+
+
+def test_nobody_waits_for_ever(tmp_path):
+    process = start(tmp_path, "--timeout_minutes", "0.05", "--max_steps", "100000", processes=2, script=ROOT / "train_gpt2.py")
+    wait_for(tmp_path / "log" / "model_00020.pt", process)
+    hanging = workers(process)[1]
+    os.kill(hanging, signal.SIGSTOP)
+    out = ""
+    for line in process.stdout:
+        out += line
+        if "waited for it in vain" in line:
+            break
+    process.send_signal(signal.SIGTERM)  # torchrun itself waits for the one that hangs
+    os.kill(hanging, signal.SIGCONT)
+    process.communicate()
+    assert re.search(r"^train_gpt2\.py: a process died or hangs, and process 0 waited for it in vain; --resume goes on from "
+                     r"the newest checkpoint \(.*\)$", out, re.M), out
