@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -572,7 +573,8 @@ def main(cfg):
     if model.config.vocab_size < 50257:
         fail(f"--init_from {cfg.init_from}: its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
     model.to(device)
-    print0(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print0(f"parameters: {parameters:,}")
     train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
     if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
@@ -589,6 +591,18 @@ def main(cfg):
            f"tokens = {grad_accum_steps} micro-batches of {cfg.batch_size} x {cfg.seq_len} x {world}; "
            f"1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} updates, and leaves out "
            f"{len(tokens) - loader.epoch_tokens:,} tokens")
+    c, micro = model.config, cfg.batch_size * cfg.seq_len
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
+    flops = 6 * matrices + 12 * c.n_layer * c.n_embd * cfg.seq_len  # a token, there and back (PaLM's paper, appendix B)
+    # bytes: weights, gradients and AdamW's two averages; and DDP's buckets, in which gradients travel
+    state = (16 + 4 * (world > 1)) * parameters
+    # what a layer keeps for backward, counted on a CPU; and logits, their softmax and its gradient, 4 bytes each
+    activations = micro * ((40 if cfg.dtype == "bfloat16" else 65) * c.n_layer * c.n_embd + 12 * c.vocab_size)
+    total = cfg.max_steps * cfg.total_batch_size
+    disk = 12 * parameters * (cfg.keep_checkpoints + 1 + cfg.max_steps // 5000)  # one more while it is written
+    print0(f"plan: {cfg.max_steps:,} updates = {total:,} tokens = {total / loader.epoch_tokens:.2f} epochs = "
+           f"{total * flops:.2e} FLOPs; memory: about {(state + activations) / 1e9:.1f} GB for each process, "
+           f"{activations / 1e9:.1f} of them for the micro-batch; disk: up to {disk / 1e9:.1f} GB of checkpoints")
     token_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.eot_token)] + [0])
     bytes_per_token = token_bytes[val[1:]].mean()  # of what is predicted; <|endoftext|> has none
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
@@ -607,6 +621,10 @@ def main(cfg):
     try:
         os.makedirs(cfg.log_dir, exist_ok=True)
         TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
+        there = sum(os.path.getsize(path) for path in checkpoints(cfg.log_dir).values()) if checkpoint else 0
+        if (free := shutil.disk_usage(cfg.log_dir).free) < disk - there:
+            fail(f"--log_dir {cfg.log_dir}: its disk has {free / 1e9:.2f} GB free, and the checkpoints will take "
+                 f"{(disk - there) / 1e9:.2f} GB; make room, or lower --keep_checkpoints")
         if world > 1:
             dist.barrier()
         if rank == 0 and checkpoint:
@@ -635,7 +653,7 @@ def main(cfg):
 
     skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
     evaluated = done if checkpoint and checkpoint["evaluated"] else -1  # the step at which all that was due is done
-    saved_at, asked, stopping = time.monotonic(), [], False
+    saved_at, asked, stopping, times = time.monotonic(), [], False, []
 
     def ask(number, frame):  # to stop, when the step is done
         if number == signal.SIGINT and asked and time.monotonic() - asked[0] > 1:  # torchrun sends the first one twice
@@ -700,6 +718,9 @@ def main(cfg):
         print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
                f"tok/sec: {cfg.total_batch_size / dt:.2f}" + (not good) * f" | skipped, {skipped} in a row")
         log.write(f"{step} train {loss:.6f}\n")
+        times.append(dt)
+        if len(times) == 10:  # the first one is slower, and longer still where the model is compiled
+            print0(f"at this pace the updates end in {sorted(times)[5] * (cfg.max_steps - step - 1) / 60:,.0f} minutes")
         if skipped == 5:  # what is wrong then goes on being wrong
             fail(f"step {step}: loss or gradient was no finite number 5 times in a row, last in "
                  f"{tokens.where(loader.start(loader.position // loader.T - 1))}; the weights are those of step {step - 4}. "

@@ -36,7 +36,7 @@ def train(capsys, **settings):
                checkpoint_interval=0)
     capsys.readouterr()
     model = main(TrainConfig(**(cfg | settings)))
-    return model, re.sub(r"dt: .*", "", capsys.readouterr().out)
+    return model, re.sub(r"dt: .*|at this pace.*\n", "", capsys.readouterr().out)
 
 
 def losses(out):
@@ -242,7 +242,7 @@ def resume_each(capsys, settings, steps):
                 os.remove(f"log/{name}")
         capsys.readouterr()
         resumed = main(TrainConfig(resume=True))
-        out = re.sub(r"dt: .*", "", capsys.readouterr().out)
+        out = re.sub(r"dt: .*|at this pace.*\n", "", capsys.readouterr().out)
         assert open("log/log.txt").read() == open("whole/log.txt").read()
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
         assert f"going on from log/model_{k:05d}.pt: {k} of {last['step']} updates are done\n" in out
@@ -418,3 +418,32 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(capsys, tmp_path):
     for name, data in torn.items():
         assert (tmp_path / "log" / (name + ".damaged")).read_bytes() == data
         load_checkpoint(f"log/{name}")
+
+
+def test_the_plan(capsys):
+    _, out = train(capsys, max_steps=12, checkpoint_interval=12)
+    matrices = 50304 * 16 + 2 * 12 * 16 * 16  # lm_head, and two blocks
+    flops = 12 * 64 * (6 * matrices + 12 * 2 * 16 * 16)
+    size = os.path.getsize("log/model_00012.pt")
+    found = re.search(r"plan: 12 updates = 768 tokens = (\S+) epochs = (\S+) FLOPs; memory: about (\S+) GB for each process, "
+                      r"(\S+) of them for the micro-batch; disk: up to (\S+) GB of checkpoints\n", out).groups()
+    assert found[1] == f"{flops:.2e}" and float(found[4]) == pytest.approx(4 * size / 1e9, abs=0.06)
+    assert float(found[0]) == pytest.approx(768 / (5283 // 64 * 64), abs=0.01)
+
+
+def test_when_it_will_end_is_said_after_ten_steps(capsys):
+    capsys.readouterr()
+    main(TrainConfig(data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=12,
+                     dtype="float32", device="cpu", eval_interval=0, sample_interval=0, checkpoint_interval=0))
+    assert re.search(r"step +9 \| .*\nat this pace the updates end in 0 minutes\nstep +10", capsys.readouterr().out)
+
+
+def test_a_disk_too_small(capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 30_000_000))
+    with pytest.raises(SystemExit) as end:
+        train(capsys, checkpoint_interval=2)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and "| loss" not in out and os.listdir("log") == []
+    assert err == ("train_gpt2.py: --log_dir log: its disk has 0.03 GB free, and the checkpoints will take 0.04 GB; make room, "
+                   "or lower --keep_checkpoints\n")
+    train(capsys, checkpoint_interval=2, keep_checkpoints=1)
