@@ -54,6 +54,18 @@ def fail(message):
     sys.exit(2)
 
 
+@contextmanager
+def or_fail(what):
+    """Where the disk doesn't do what it is told in this context, end the program with a line on `what`."""
+    try:
+        yield
+    except Exception as e:
+        fault = e if isinstance(e, OSError) else e.__context__  # torch.save raises another error in its wake
+        if not isinstance(fault, OSError):
+            raise
+        fail(f"{what}: {fault.strerror or fault}")
+
+
 def start_worker(encoding):
     """Get a worker process ready: it keeps the tokenizer, and leaves Ctrl-C to the main process."""
     global enc

@@ -35,7 +35,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from fineweb import SHARDS, fail, load_data, print0, replacing
+from fineweb import SHARDS, fail, load_data, or_fail, print0, replacing
 
 # -----------------------------------------------------------------------------
 # The model
@@ -618,7 +618,7 @@ def main(cfg):
             examples = hellaswag.load_examples()
         except (OSError, ValueError) as e:
             fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 does without HellaSwag): {e}")
-    try:
+    with or_fail(f"--log_dir {cfg.log_dir}"):
         os.makedirs(cfg.log_dir, exist_ok=True)
         TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
         there = sum(os.path.getsize(path) for path in checkpoints(cfg.log_dir).values()) if checkpoint else 0
@@ -648,8 +648,6 @@ def main(cfg):
             os.makedirs(folder)
             print(f"{cfg.log_dir} held an earlier run, which is in {older} now")
         log = open(log_path if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8")  # line by line
-    except OSError as e:
-        fail(f"--log_dir {cfg.log_dir}: {e.strerror}")
 
     skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
     evaluated = done if checkpoint and checkpoint["evaluated"] else -1  # the step at which all that was due is done
@@ -668,22 +666,26 @@ def main(cfg):
         def due(interval):
             return interval and (step % interval == 0 or last) and step != evaluated and not stopping
 
+        def note(kind, value):
+            with or_fail(f"--log_dir {cfg.log_dir}"):
+                log.write(f"{step} {kind} {value:.6f}\n")
+
         if due(cfg.eval_interval):
             val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)
             bits = val_loss / math.log(2)
             print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits / bytes_per_token:.4f}")
-            log.write(f"{step} val {val_loss:.6f}\n")
+            note("val", val_loss)
         if due(cfg.hellaswag_interval):
             right = hellaswag.count_right(model, enc, examples, cfg.dtype, rank, world)[1]
             print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {right / len(examples):.4f}")
-            log.write(f"{step} hella {right / len(examples):.6f}\n")
+            note("hella", right / len(examples))
         if due(cfg.sample_interval):
             for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
                 print0(">", text)
         late = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
         if rank == 0 and (due(cfg.checkpoint_interval) or late or stopping):
             path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
-            with replacing(path) as f, open(log_path, encoding="utf-8") as logged:
+            with or_fail(f"--log_dir {cfg.log_dir}"), replacing(path) as f, open(log_path, encoding="utf-8") as logged:
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
                                 optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped, run_id=run_id,
                                 evaluated=not stopping, log=logged.read()), f)
@@ -717,7 +719,7 @@ def main(cfg):
         dt = time.perf_counter() - t0  # seconds
         print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
                f"tok/sec: {cfg.total_batch_size / dt:.2f}" + (not good) * f" | skipped, {skipped} in a row")
-        log.write(f"{step} train {loss:.6f}\n")
+        note("train", loss)
         times.append(dt)
         if len(times) == 10:  # the first one is slower, and longer still where the model is compiled
             print0(f"at this pace the updates end in {sorted(times)[5] * (cfg.max_steps - step - 1) / 60:,.0f} minutes")

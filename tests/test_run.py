@@ -447,3 +447,22 @@ def test_a_disk_too_small(capsys, monkeypatch):
     assert err == ("train_gpt2.py: --log_dir log: its disk has 0.03 GB free, and the checkpoints will take 0.04 GB; make room, "
                    "or lower --keep_checkpoints\n")
     train(capsys, checkpoint_interval=2, keep_checkpoints=1)
+
+
+def test_a_full_disk_is_one_line_and_older_checkpoints_are_whole(tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    (tmp_path / "log").mkdir()
+    (tmp_path / "probe.py").write_text(
+        "import shutil, train_gpt2\n"
+        "train_gpt2.SIZES['laptop'] = dict(n_layer=2, n_head=2, n_embd=16)\n"
+        "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 10**12)  # others fill the disk later\n"
+        "train_gpt2.main(train_gpt2.parse_flags())\n")
+    flags = ("--data text.txt --batch_size 2 --seq_len 16 --total_batch_size 64 --max_steps 6 --device cpu --dtype float32 "
+             "--sample_interval 0 --eval_interval 0 --checkpoint_interval 2 --log_dir small/log")
+    command = (f"mkdir small && mount -t tmpfs -o size=30m none small && {sys.executable} probe.py {flags}; echo $?; "
+               f"cp -r small/log/* log; ls log; {sys.executable} -c \"import torch; torch.load('log/model_00004.pt')\"")
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env=dict(os.environ, PYTHONPATH=os.path.dirname(INPUT)))
+    assert done.stderr == "probe.py: --log_dir small/log: No space left on device\n"
+    assert done.stdout.split()[-5:] == ["2", "log.txt", "model_00000.pt", "model_00002.pt", "model_00004.pt"]
