@@ -128,12 +128,14 @@ def write_shard(folder, number, tokens):
 
 
 def read_sums(folder):
-    """Return {name: sha256} of the shards that folder's SHA256SUMS lists."""
+    """Return {name: sha256} of the shards that folder's SHA256SUMS lists; raise ValueError where that is no such list."""
     try:
         with open(os.path.join(folder, "SHA256SUMS"), encoding="utf-8") as f:
             return {name: digest for digest, name in (line.split() for line in f)}
     except FileNotFoundError:
         return {}
+    except ValueError:
+        raise ValueError("SHA256SUMS is damaged; sha256sum *.npy > SHA256SUMS makes it, of shards that you trust") from None
 
 
 @lru_cache(maxsize=4)
@@ -212,8 +214,10 @@ def open_shards(folder, vocab_size):
         if match := re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name):
             try:
                 array = np.load(os.path.join(folder, name), mmap_mode="r")  # reads the header alone
-            except (ValueError, EOFError) as e:
-                raise ValueError(f"{name} is damaged ({e}); make it again by fineweb.py") from e
+            except OSError:
+                raise
+            except Exception as e:  # whatever: a header that is wrong can break NumPy's reader in any way
+                raise ValueError(f"{name} is damaged ({str(e).splitlines()[0]}); make it again by fineweb.py") from e
             if array.dtype != np.uint16 or array.ndim != 1 or not len(array):
                 raise ValueError(f"{name} holds {array.dtype} of shape {array.shape}, and a shard is a row of uint16")
             arrays[match[1]].append(array)

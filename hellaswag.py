@@ -7,6 +7,7 @@ An example is a dict: ctx, the text; endings, four of them; label, the number of
 by the ending that it finds likeliest after ctx.
 """
 import argparse
+import hashlib
 import http.client
 import json
 import math
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import fail
+from fineweb import fail, replacing
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
@@ -70,14 +71,27 @@ def download(path=PATH, url=URL):
     if lines != EXAMPLES:
         os.remove(part)
         raise OSError(f"{url} sent {lines:,} lines, where HellaSwag has {EXAMPLES:,}: something else answered")
+    with replacing(path + ".sha256") as f:
+        f.write(f"{sha256(part)}  {os.path.basename(path)}\n".encode())
     os.replace(part, path)
+
+
+def sha256(path):
+    """Return the sha256 of the file at path, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def read_examples(path=PATH):
     """Return the examples in the file at path, a JSON object a line.
 
-    Raises OSError where it can't be read, ValueError, with the line's number, where a line isn't an example.
+    Raises OSError where it can't be read, ValueError where it isn't what was downloaded (if the sum of that is there)
+    or, with the line's number, where a line isn't an example.
     """
+    if os.path.exists(path + ".sha256"):
+        with open(path + ".sha256", "rb") as f:
+            if f.read(64) != sha256(path).encode():
+                raise ValueError(f"{path} is damaged: its sha256 isn't the one in {path}.sha256; remove both")
     examples = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):

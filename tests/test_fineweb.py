@@ -8,6 +8,7 @@ import sys
 import hub
 import numpy as np
 import pytest
+from conftest import damaged
 
 import fineweb
 from train_gpt2 import gpt2_encoding
@@ -221,6 +222,24 @@ def test_a_token_that_is_none_of_gpt2s(tmp_path):
     assert val[:2].tolist() == [1, 50256]
     with pytest.raises(ValueError, match="train_000001.npy holds the token 50257, where GPT-2's end at 50256"):
         train[0:1]
+
+
+def test_no_damage_of_a_shard_goes_unseen(tmp_path):
+    tokens = np.random.default_rng(0).integers(50257, size=(3, 1000)).astype(np.uint16)
+    for i in range(3):
+        fineweb.write_shard(tmp_path, i, tokens[i])
+    for name in ("edufineweb_train_000002.npy", "SHA256SUMS"):
+        data = (tmp_path / name).read_bytes()
+        for spoilt in damaged(data, 10, 50):
+            (tmp_path / name).write_bytes(spoilt)
+            try:
+                train, _ = fineweb.open_shards(tmp_path, 50257)
+                seen = train[0:2000].tolist()
+            except ValueError as e:
+                assert str(e).startswith(("edufineweb_train_00000", "SHA256SUMS is damaged")) and "\n" not in str(e)
+            else:  # a line of the list is gone
+                assert name == "SHA256SUMS" and seen == tokens[1:].flatten().tolist()
+        (tmp_path / name).write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", ["val", "train"])

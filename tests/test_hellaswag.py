@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import offline
 import pytest
 import torch
+from conftest import damaged
 
 import hellaswag
 from train_gpt2 import GPT, gpt2_encoding
@@ -67,7 +68,7 @@ def fetch(tmp_path, monkeypatch):
 def test_download(fetch, tmp_path, behaviours, ranges):
     assert fetch(*behaviours) == [f"bytes={first}-" for first in ranges]
     assert (tmp_path / "val.jsonl").read_bytes() == FILE
-    assert [path.name for path in tmp_path.iterdir()] == ["val.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["val.jsonl", "val.jsonl.sha256"]
     assert fetch() == []  # it is there
 
 
@@ -96,6 +97,29 @@ def test_a_whole_file_that_lacks_only_its_name(fetch, tmp_path):
     (tmp_path / "val.jsonl.part").write_bytes(FILE)
     assert fetch(416) == [f"bytes={len(FILE)}-"]
     assert (tmp_path / "val.jsonl").read_bytes() == FILE
+
+
+def test_no_damage_of_the_file_goes_unseen(fetch, tmp_path, monkeypatch):
+    fetch("good")
+    with open(EXAMPLES, "rb") as f:
+        monkeypatch.setattr(hellaswag, "EXAMPLES", 200)
+        monkeypatch.setitem(globals(), "FILE", f.read())
+    for path in tmp_path.iterdir():
+        path.unlink()
+    fetch("good")
+    path = tmp_path / "val.jsonl"
+    assert len(hellaswag.read_examples(str(path))) == 200
+    for spoilt in damaged(FILE, 10, 50):
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: its sha256 isn't the one in {path}.sha256")):
+            hellaswag.read_examples(str(path))
+    (tmp_path / "val.jsonl.sha256").unlink()  # a file that came by hand has no sum: what isn't an example shows all the same
+    for spoilt in damaged(FILE, 10, 50):
+        path.write_bytes(spoilt)
+        try:
+            hellaswag.read_examples(str(path))
+        except ValueError as e:
+            assert str(e).startswith(f"{path}, line ") or str(e) == f"{path} is empty"
 
 
 def test_no_server(tmp_path, monkeypatch):
