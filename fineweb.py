@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from functools import lru_cache
@@ -67,10 +68,17 @@ def or_fail(what):
 
 
 def start_worker(encoding):
-    """Get a worker process ready: it keeps the tokenizer, and leaves Ctrl-C to the main process."""
+    """Get a worker process ready: it keeps the tokenizer, leaves Ctrl-C to the main process, and ends when that ends."""
     global enc
     enc = encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def outlive_nobody():  # who waits for work doesn't notice that there is nobody left to send any
+        mp.parent_process().join()
+        os._exit(1)
+
+    if mp.parent_process():
+        threading.Thread(target=outlive_nobody, daemon=True).start()
 
 
 def tokenize(text):
@@ -80,20 +88,25 @@ def tokenize(text):
     return np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype=np.uint16)
 
 
-def cut(documents, shard_size):
-    """Lay documents, (n,) uint16 each, end to end; yield shard_size tokens at a time, in one array, and then the rest."""
+def cut(documents, shard_size, document=0, place=0):
+    """Lay documents, (n,) uint16 each, end to end; yield shard_size tokens at a time, in one array, and then the rest.
+
+    Beside the tokens it yields where the next ones begin: the document's number, and a place in it. To begin there again,
+    give both, and documents from that one on.
+    """
     shard, filled = np.empty(shard_size, dtype=np.uint16), 0
-    for tokens in documents:
-        while len(tokens):  # a document may end in the next shard, or in one after that
-            part = tokens[: shard_size - filled]
+    for document, tokens in enumerate(documents, document):
+        while place < len(tokens):  # a document may end in the next shard, or in one after that
+            part = tokens[place : place + shard_size - filled]
             shard[filled : filled + len(part)] = part
             filled += len(part)
-            tokens = tokens[len(part) :]
+            place += len(part)
             if filled == shard_size:
-                yield shard
+                yield shard, document, place
                 filled = 0
+        place = 0
     if filled:
-        yield shard[:filled]
+        yield shard[:filled], document + 1, 0
 
 
 @contextmanager
@@ -322,7 +335,7 @@ def main(argv=None):
                         if count == args.max_tokens:
                             return
 
-                for shard in cut(documents(), args.shard_size):
+                for shard, _, _ in cut(documents(), args.shard_size):
                     write_shard(args.out, written, shard)
                     written += 1
     except KeyboardInterrupt:

@@ -99,7 +99,7 @@ def write_shards(folder, documents=300, shard_size=3000):
     fineweb.start_worker(gpt2_encoding())
     texts = [fineweb.tokenize(text) for text in hub.make_documents(documents)]
     folder.mkdir()
-    for i, shard in enumerate(fineweb.cut(texts, shard_size)):
+    for i, (shard, _, _) in enumerate(fineweb.cut(texts, shard_size)):
         fineweb.write_shard(folder, i, shard)
     return np.concatenate(texts)[shard_size:]
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import hub
 import numpy as np
@@ -61,10 +62,13 @@ def test_the_shards_hold_every_document_in_its_order(hub_environment, tmp_path, 
 
 def test_a_document_may_be_longer_than_a_shard():
     documents = [np.arange(n, dtype=np.uint16) for n in (3, 25, 1, 0, 7)]
-    shards = [shard.copy() for shard in fineweb.cut(documents, 10)]
-    assert [len(shard) for shard in shards] == [10, 10, 10, 6]
-    assert np.array_equal(np.concatenate(shards), np.concatenate(documents))
-    assert [len(shard) for shard in fineweb.cut(documents, 36)] == [36]  # no empty one at the end
+    shards = [(shard.copy(), *begin) for shard, *begin in fineweb.cut(documents, 10)]
+    assert [len(shard) for shard, _, _ in shards] == [10, 10, 10, 6]
+    assert np.array_equal(np.concatenate([shard for shard, _, _ in shards]), np.concatenate(documents))
+    for i, (_, document, place) in enumerate(shards):  # it can be begun again after each of them
+        rest = [shard.copy() for shard, _, _ in fineweb.cut(documents[document:], 10, document, place)]
+        assert len(rest) == 3 - i and all(np.array_equal(a, b) for a, (b, _, _) in zip(rest, shards[i + 1 :]))
+    assert [len(shard) for shard, _, _ in fineweb.cut(documents, 36)] == [36]  # no empty one at the end
 
 
 def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
@@ -247,3 +251,21 @@ def test_no_shard_of_a_kind(tmp_path, kind):
     fineweb.write_shard(tmp_path, 1 if kind == "val" else 0, np.arange(5, dtype=np.uint16))
     with pytest.raises(ValueError, match=f"it holds no edufineweb_{kind}_"):
         fineweb.open_shards(tmp_path, 50257)
+
+
+def test_workers_do_not_outlive_the_main_process(tmp_path):
+    (tmp_path / "long.txt").write_text("Who's there? " * 100_000)
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), "--files", *["long.txt"] * 100, "--stream",
+                                "--workers", "2"], cwd=tmp_path, start_new_session=True)
+
+    def alive():
+        return len(subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split())
+
+    for count in (3, 0):
+        for _ in range(200):
+            if alive() == count:
+                break
+            time.sleep(0.1)
+        assert alive() == count
+        process.kill()
+        process.wait()

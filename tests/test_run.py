@@ -260,7 +260,7 @@ def test_resume_over_shards(capsys, shuffle):
     fineweb.start_worker(gpt2_encoding())
     texts = [fineweb.tokenize(text) for text in hub.make_documents(20)]
     os.mkdir("shards")
-    for i, shard in enumerate(fineweb.cut(texts, 300)):
+    for i, (shard, _, _) in enumerate(fineweb.cut(texts, 300)):
         fineweb.write_shard("shards", i, shard)
     _, out = train(capsys, data="shards", max_steps=1, shuffle=shuffle)
     per_epoch = int(re.search(r"1 epoch = (\d+)\.0 updates", out)[1])
