@@ -11,6 +11,7 @@ validation. Every document begins with <|endoftext|>.
 """
 import argparse
 import hashlib
+import json
 import multiprocessing as mp
 import os
 import re
@@ -125,12 +126,17 @@ def replacing(path):
         raise
 
 
+def shard_name(number):
+    """Return the file name of a shard; the first one, number 0, is for validation."""
+    return f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+
+
 def write_shard(folder, number, tokens):
     """Write tokens, (n,) uint16, as shard number of folder, and its sha256 into SHA256SUMS, as sha256sum -c reads it.
 
     Raises OSError where the disk doesn't take them.
     """
-    name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+    name = shard_name(number)
     with replacing(os.path.join(folder, name)) as f:
         np.save(f, tokens)
         f.seek(0)
@@ -149,6 +155,38 @@ def read_sums(folder):
         return {}
     except ValueError:
         raise ValueError("SHA256SUMS is damaged; sha256sum *.npy > SHA256SUMS makes it, of shards that you trust") from None
+
+
+def write_progress(folder, progress):
+    """Write progress, a dict of plain values, into folder's progress.json, with a checksum beside it."""
+    text = json.dumps(progress)
+    with replacing(os.path.join(folder, "progress.json")) as f:
+        f.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
+
+
+def read_progress(folder, settings):
+    """Return what was written last, None where nothing was.
+
+    Raises ValueError where it is damaged, where its run had other settings, a dict that is part of it, or where a shard
+    of it isn't there any more.
+    """
+    try:
+        with open(os.path.join(folder, "progress.json"), "rb") as f:
+            text, digest = f.read().split(b"\n")[:2]
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        text, digest = b"", b""
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise ValueError("its progress.json is damaged")
+    progress = json.loads(text)
+    for name, value in settings.items() if progress["shards"] else ():
+        if progress[name] != value:
+            raise ValueError(f"its shards were begun with {name} {progress[name]}, not {value}")
+    for number in range(progress["shards"]):
+        if not os.path.exists(os.path.join(folder, shard_name(number))):
+            raise ValueError(f"its {shard_name(number)} is gone")
+    return progress
 
 
 @lru_cache(maxsize=4)
@@ -308,45 +346,71 @@ def main(argv=None):
             parser.error(f"--{name} {getattr(args, name)} is not a number above 0")
     if args.max_tokens is not None and args.max_tokens <= args.shard_size:
         parser.error(f"--max_tokens {args.max_tokens} would fill no more than the validation shard; lower --shard_size")
-    try:
+    # what decides on the tokens, and how far they are written
+    settings = dict(dataset=args.dataset, name=args.name, shard_size=args.shard_size, max_tokens=args.max_tokens,
+                    files=[[path, os.path.getsize(path)] for path in args.files or []])
+    with or_fail(f"--out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        if any(name.endswith(".npy") for name in os.listdir(args.out)):
-            parser.error(f"{args.out} holds shards already; remove it, or write somewhere else with --out")
         with TemporaryFile(dir=args.out):  # can it be written?
             pass
-    except OSError as e:
-        parser.error(f"--out {args.out}: {e.strerror}")
+        try:
+            progress = read_progress(args.out, settings)
+            if progress is None and any(name.endswith(".npy") for name in os.listdir(args.out)):
+                raise ValueError("it holds shards already")
+        except ValueError as e:
+            fail(f"--out {args.out}: {e}; remove it, or write somewhere else")
+    if not progress or not progress["shards"]:
+        progress = dict(settings, shards=0, tokens=0, document=0, place=0, done=False)
+    else:
+        print(f"{args.out} holds {progress['shards']} whole shards: going on after them", file=sys.stderr)
 
     from datasets.exceptions import DatasetsError
 
-    written = count = 0
+    def write(pool, dataset):
+        """Write what progress says isn't there yet."""
+        count = progress["tokens"] - progress["place"]  # where the document begins of which a part is written
+        with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens, initial=count) as bar:
+
+            def documents():
+                nonlocal count
+                rows = (row["text"] for row in dataset.skip(progress["document"]))
+                for tokens in pool.imap(tokenize, rows, chunksize=16):  # in this order
+                    tokens = tokens[: args.max_tokens and args.max_tokens - count]
+                    count += len(tokens)
+                    bar.update(len(tokens))
+                    yield tokens
+                    if count == args.max_tokens:
+                        return
+
+            for shard, document, place in cut(documents(), args.shard_size, progress["document"], progress["place"]):
+                try:
+                    if not progress["shards"]:  # from here on the folder is this run's
+                        write_progress(args.out, progress)
+                    write_shard(args.out, progress["shards"], shard)
+                    progress.update(shards=progress["shards"] + 1, tokens=progress["tokens"] + len(shard),
+                                    document=document, place=place)
+                    write_progress(args.out, progress)
+                except (OSError, ValueError) as e:
+                    bar.close()  # which ends its line
+                    fail(f"--out {args.out}: {getattr(e, 'strerror', e)}")
+
     try:
         with mp.Pool(args.workers, start_worker, [gpt2_encoding()]) as pool:
-            dataset = load(args)
-            with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens) as bar:
-
-                def documents():
-                    nonlocal count
-                    for tokens in pool.imap(tokenize, (row["text"] for row in dataset), chunksize=16):  # in this order
-                        tokens = tokens[: args.max_tokens and args.max_tokens - count]
-                        count += len(tokens)
-                        bar.update(len(tokens))
-                        yield tokens
-                        if count == args.max_tokens:
-                            return
-
-                for shard, _, _ in cut(documents(), args.shard_size):
-                    write_shard(args.out, written, shard)
-                    written += 1
+            if not progress["done"]:
+                write(pool, load(args))
+                progress["done"] = True
     except KeyboardInterrupt:
-        sys.exit(f"fineweb.py: stopped; {args.out} holds {written} whole shards, and no part of another")
+        sys.exit(f"fineweb.py: stopped; {args.out} holds {progress['shards']} whole shards, and the same command goes on")
     except (OSError, ValueError) as e:
         parser.error(f"{source}: {(str(e) or repr(e)).splitlines()[0]}")
     except DatasetsError as e:  # its own text is "An error occurred"
         parser.error(f"{source}: {str(e.__cause__ or e).splitlines()[0]}")
-    if written < 2:
-        parser.error(f"{count:,} tokens fill no more than the validation shard; remove {args.out}, lower --shard_size")
-    print(f"{count:,} tokens in {written} shards in {args.out}, the first for validation")
+    tokens, shards = progress["tokens"], progress["shards"]
+    if shards < 2:
+        parser.error(f"{tokens:,} tokens fill no more than the validation shard; remove {args.out}, lower --shard_size")
+    with or_fail(f"--out {args.out}"):
+        write_progress(args.out, progress)
+    print(f"{tokens:,} tokens in {shards} shards in {args.out}, the first for validation")
 
 
 if __name__ == "__main__":

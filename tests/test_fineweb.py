@@ -2,19 +2,25 @@
 import hashlib
 import json
 import os
+import random
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import hub
 import numpy as np
 import pytest
 from conftest import damaged
 
-import fineweb
-from train_gpt2 import gpt2_encoding
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import fineweb  # noqa: E402
+from train_gpt2 import gpt2_encoding  # noqa: E402
+
 PROBE = "if __name__ == '__main__': import fineweb, multiprocessing as m; m.set_start_method({!r}); fineweb.main()"
 
 
@@ -86,7 +92,7 @@ def test_shards_that_are_there_are_left_alone(tmp_path, capsys):
         fineweb.main(["--out", str(tmp_path)])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        f"fineweb.py: {tmp_path} holds shards already; remove it, or write somewhere else with --out\n")
+        f"fineweb.py: --out {tmp_path}: it holds shards already; remove it, or write somewhere else\n")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -269,3 +275,115 @@ def test_workers_do_not_outlive_the_main_process(tmp_path):
         assert alive() == count
         process.kill()
         process.wait()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kill_and_go_on(hub_environment, folder, seconds, flags):
+    """Start fineweb.py, kill it after so many seconds, and start it until it ends; return (shards then, in the end)."""
+    command = [sys.executable, os.path.join(ROOT, "fineweb.py"), "--shard_size", "5000", "--workers", "2",
+               "--out", str(folder), *flags]
+    process = subprocess.Popen(command, env=hub_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    there = len(list(folder.glob("*.npy"))) if folder.exists() else 0
+    done = subprocess.run(command, env=hub_environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    if there > 1:
+        assert "whole shards: going on after them" in done.stderr
+    return there, contents(folder)
+
+
+def try_kills(hub_environment, folder, kills):
+    """Kill fineweb.py so many times at random moments; return after how many shards."""
+    begin = time.monotonic()
+    _, whole = kill_and_go_on(hub_environment, folder / "whole", 0, [])
+    seconds = time.monotonic() - begin
+    assert len(whole) == 55 + 2  # SHA256SUMS and progress.json
+    found = []
+    for i in range(kills):
+        there, after = kill_and_go_on(hub_environment, folder / str(i), random.uniform(0.6, 1) * seconds,
+                                      ["--stream"] * (i % 2))
+        assert after == whole
+        found.append(there)
+    return found
+
+
+def test_kill_it_and_start_it_again(hub_environment, tmp_path):
+    random.seed(0)
+    try_kills(hub_environment, tmp_path, 3)
+
+
+def test_the_moments_between_two_files(tmp_path, monkeypatch):
+    """Where a kill falls between a shard, its sum and the note of both, what is missing is written again."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    command = ["--files", "a.parquet", "--stream", "--shard_size", "6", "--workers", "1", "--out"]
+    fineweb.main([*command, "whole"])
+    for n in range(1, 16):
+        calls, replacing = iter(range(n)), fineweb.replacing
+
+        def power_cut(path):
+            next(calls)  # StopIteration, in the end
+            return replacing(path)
+
+        with monkeypatch.context() as m:
+            m.setattr(fineweb, "replacing", power_cut)
+            try:
+                fineweb.main([*command, str(n)])
+            except StopIteration:
+                pass
+        fineweb.main([*command, str(n)])
+        assert contents(tmp_path / str(n)) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--shard_size 7", "its shards were begun with shard_size 6, not 7"),
+    ("--max_tokens 20", "its shards were begun with max_tokens None, not 20"),
+    ("--files a.jsonl", "its shards were begun with files [['a.parquet', "),
+    ("flip", "its progress.json is damaged"),
+    ("remove", "its edufineweb_train_000002.npy is gone"),
+])
+def test_other_settings_do_not_go_on(tmp_path, monkeypatch, capsys, flags, line):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    command = ["--files", "a.parquet", "--stream", "--shard_size", "6", "--workers", "1"]
+    fineweb.main(command)
+    fineweb.main(command)  # there is nothing left to do
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
+    if flags == "remove":
+        os.remove("edu_fineweb10B/edufineweb_train_000002.npy")
+    if flags == "flip":
+        path = tmp_path / "edu_fineweb10B" / "progress.json"
+        path.write_bytes(path.read_bytes().replace(b'"shards": 5', b'"shards": 3'))
+    before = contents(tmp_path / "edu_fineweb10B")
+    with pytest.raises(SystemExit) as end:
+        fineweb.main([*command, *flags.split()] if "--" in flags else command)
+    assert end.value.code == 2 and contents(tmp_path / "edu_fineweb10B") == before
+    assert capsys.readouterr().err.startswith(f"fineweb.py: --out edu_fineweb10B: {line}")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    (tmp_path / "long.txt").write_text(" ".join(TEXTS) * 90_000)
+    (tmp_path / "small").mkdir()
+    command = (f"mount -t tmpfs -o size=3m none small && {sys.executable} {ROOT}/fineweb.py --files long.txt --out small "
+               "--shard_size 500000 --workers 1 --stream; echo $?; ls small; cd small; sha256sum -c SHA256SUMS")
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, timeout=100)
+    assert "fineweb.py: --out small: No space left on device" in done.stderr.splitlines()
+    shards = ["edufineweb_val_000000.npy", "edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]
+    assert sorted(done.stdout.split()) == sorted(["2", "SHA256SUMS", "progress.json", *shards,
+                                                  *(f"{name}:" for name in shards), *["OK"] * 3])
+
+
+if __name__ == "__main__":  # python tests/test_fineweb.py 20: so many kills
+    with tempfile.TemporaryDirectory() as folder:
+        environment = hub.environment(Path(folder, "hub-and-cache"))
+        found = try_kills(environment, Path(folder), int(sys.argv[1]))
+        print(f"{len(found)} kills, after {', '.join(map(str, sorted(found)))} shards of 55: all ended with the same bytes")
