@@ -365,6 +365,9 @@ def main(argv=None):
         print(f"{args.out} holds {progress['shards']} whole shards: going on after them", file=sys.stderr)
 
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    HTTPError = HfHubHTTPError.__bases__[0]  # of the library that it asks with, which changes
 
     def write(pool, dataset):
         """Write what progress says isn't there yet."""
@@ -394,17 +397,28 @@ def main(argv=None):
                     bar.close()  # which ends its line
                     fail(f"--out {args.out}: {getattr(e, 'strerror', e)}")
 
+    waits = []  # seconds, since a shard was written
     try:
         with mp.Pool(args.workers, start_worker, [gpt2_encoding()]) as pool:
-            if not progress["done"]:
-                write(pool, load(args))
-                progress["done"] = True
+            while not progress["done"]:
+                before = progress["shards"]
+                try:
+                    write(pool, load(args))
+                    progress["done"] = True
+                except (OSError, ValueError, DatasetsError, HTTPError) as e:
+                    fault = e.__cause__ or e if isinstance(e, DatasetsError) else e  # its own text is "An error occurred"
+                    problem = f"{source}: {(str(fault) or repr(fault)).splitlines()[0]}"
+                    status = getattr(getattr(fault, "response", None), "status_code", None)
+                    # a server that is busy, or a network that was there before, may be well again soon
+                    passing = status in (429, 500, 502, 503, 504) or not status and progress["shards"]
+                    waits = [] if progress["shards"] > before else waits
+                    if args.files or not passing or not isinstance(fault, (OSError, HTTPError)) or len(waits) == 5:
+                        fail(problem)
+                    waits.append(2 ** len(waits))
+                    print(f"{problem}; trying again in {waits[-1]} s", file=sys.stderr)
+                    time.sleep(waits[-1])
     except KeyboardInterrupt:
         sys.exit(f"fineweb.py: stopped; {args.out} holds {progress['shards']} whole shards, and the same command goes on")
-    except (OSError, ValueError) as e:
-        parser.error(f"{source}: {(str(e) or repr(e)).splitlines()[0]}")
-    except DatasetsError as e:  # its own text is "An error occurred"
-        parser.error(f"{source}: {str(e.__cause__ or e).splitlines()[0]}")
     tokens, shards = progress["tokens"], progress["shards"]
     if shards < 2:
         parser.error(f"{tokens:,} tokens fill no more than the validation shard; remove {args.out}, lower --shard_size")

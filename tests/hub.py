@@ -61,6 +61,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send(json.dumps(dict(id=NAME, sha=SHA, siblings=[], tags=[], private=False, downloads=0)).encode())
         elif match := re.fullmatch(f"/datasets/{NAME}/resolve/[^/]+/(.*)", path):
             file = folder / match[1]
+            if self.command == "GET" and match[1].endswith(".parquet") and self.server.faults:
+                fault = self.server.faults.pop(0)
+                if fault == "503":
+                    return self.send(b"", status=503)
+                if fault == "cut":
+                    return self.send(file.read_bytes(), etag=match[1].replace("/", "-"), cut=True)
             if match[1] == "README.md" or file.is_file():
                 self.send(README if match[1] == "README.md" else file.read_bytes(), etag=match[1].replace("/", "-"))
             else:
@@ -70,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def send(self, body, status=200, etag="x", error=None):
+    def send(self, body, status=200, etag="x", error=None, cut=False):
         total = len(body)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and status == 200:
@@ -87,21 +93,25 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", SHA)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection |= cut
 
     def log_message(self, *args):
         pass
 
 
-def environment(folder):
+def environment(folder, faults=()):
     """Serve the documents from folder, an empty one; return the environment in which `datasets` finds them."""
-    address = serve(make_parquet(folder / "hub", make_documents()))
+    address = serve(make_parquet(folder / "hub", make_documents()), list(faults))
     return dict(os.environ, HF_ENDPOINT=address, HF_HOME=str(folder / "cache"))
 
 
-def serve(folder):
-    """Serve the files of folder in a thread of this process; return the address."""
+def serve(folder, faults=()):
+    """Serve the files of folder in a thread of this process; return the address.
+
+    faults: what befalls the first requests for parquet files, one after another: 503, cut (after half), or none.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder = folder
+    server.folder, server.faults = folder, faults
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"

@@ -366,6 +366,16 @@ def test_other_settings_do_not_go_on(tmp_path, monkeypatch, capsys, flags, line)
     assert capsys.readouterr().err.startswith(f"fineweb.py: --out edu_fineweb10B: {line}")
 
 
+@pytest.mark.parametrize("faults, retries", [(["503"], 1), (["503", "503", "none", "cut"], 2)])
+def test_a_network_that_fails_for_a_while(tmp_path, faults, retries):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "fineweb.py"), "--shard_size", "100000"], cwd=tmp_path,
+                          env=hub.environment(tmp_path, faults), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    waits = re.findall(r"^fineweb.py: |^HuggingFaceFW/fineweb-edu: .*503.*; trying again in (\d) s$", done.stderr, re.M)
+    assert waits == ["1", "2"][:retries]
+    assert np.array_equal(read(tmp_path / "edu_fineweb10B", 100_000), expected(hub.make_documents()))
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
