@@ -32,6 +32,15 @@ def test_the_files_it_shows_are_there():
         assert (ROOT / path).is_file(), path
 
 
+def test_every_test_it_points_at_is_there():
+    files = list((ROOT / "tests").glob("test_*.py"))
+    known = [path.stem for path in files] + re.findall(r"^def (test_\w+)", "".join(map(Path.read_text, files)), re.M)
+    named = re.findall(r"\btest_\w+", README)
+    assert len(named) > 20
+    for name in named:
+        assert any(test.startswith(name) for test in known), name
+
+
 def test_the_steps_it_points_at_are_in_the_history():
     if not (ROOT / ".git").exists():
         pytest.skip("this tree has no git history")
