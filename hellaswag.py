@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import fail, replacing
+from fineweb import fail, gpt2_encoding, replacing
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
@@ -195,7 +195,7 @@ def count_right(model, enc, examples, dtype="float32", rank=0, world=1, show=0):
 def main(argv=None):
     """Score a model and print its accuracies. Ends the program, status 2, where that can't be done."""
     # not above: it imports this file
-    from train_gpt2 import OPENAI_SIZES, GPT, gpt2_encoding, load_checkpoint, pick_device
+    from train_gpt2 import OPENAI_SIZES, GPT, load_checkpoint, pick_device
 
     parser = argparse.ArgumentParser(description="Score a GPT-2 on HellaSwag's validation set.")
     parser.error = fail  # argparse's own prints a usage block first

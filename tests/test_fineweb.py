@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import fineweb  # noqa: E402
-from train_gpt2 import gpt2_encoding  # noqa: E402
+from fineweb import gpt2_encoding  # noqa: E402
 
 PROBE = "if __name__ == '__main__': import fineweb, multiprocessing as m; m.set_start_method({!r}); fineweb.main()"
 
@@ -48,6 +48,14 @@ def fineweb_py(program, monkeypatch):
 @pytest.fixture(scope="module")
 def hub_environment(tmp_path_factory):
     return hub.environment(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.mark.parametrize("flags, status", [("'--help'", 0), ("'--workers', '0'", 2)])
+def test_help_and_a_wrong_flag_wait_for_no_torch(flags, status):
+    script = f"import sys; sys.modules['torch'] = None; import fineweb; fineweb.main([{flags}])"  # to import it would fail
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stderr == "" if status == 0 else done.stderr == "-c: --workers 0 is not a number above 0\n"
 
 
 @pytest.mark.parametrize("start, flags", [("fork", "--workers 1"), ("spawn", "--workers 2"),
