@@ -62,14 +62,14 @@ def fail(message):
 
 @contextmanager
 def or_fail(what):
-    """Where the disk doesn't do what it is told in this context, end the program with a line on `what`."""
+    """Where what is done in this context raises OSError or ValueError, end the program with a line on `what`."""
     try:
         yield
     except Exception as e:
-        fault = e if isinstance(e, OSError) else e.__context__  # torch.save raises another error in its wake
-        if not isinstance(fault, OSError):
+        fault = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save raises another error in its wake
+        if not isinstance(fault, OSError) and not isinstance(e, ValueError):
             raise
-        fail(f"{what}: {fault.strerror or fault}")
+        fail(f"{what}: {(getattr(fault, 'strerror', None) or str(fault) or repr(fault)).splitlines()[0]}")
 
 
 def gpt2_encoding():
@@ -369,8 +369,7 @@ def main(argv=None):
                     files=[[path, os.path.getsize(path)] for path in args.files or []])
     with or_fail(f"--out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        with TemporaryFile(dir=args.out):  # can it be written?
-            pass
+        TemporaryFile(dir=args.out).close()  # can it be written?
         try:
             progress = read_progress(args.out, settings)
             if progress is None and any(name.endswith(".npy") for name in os.listdir(args.out)):

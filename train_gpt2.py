@@ -260,10 +260,8 @@ class DataLoaderLite:
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
         first = self.position // self.T
         starts = [self.start(number) for number in range(first, first + self.B * self.world)]
-        try:  # every process opens, and checks, what any of them needs now: all of them find a damaged shard at once
+        with or_fail("--data"):  # every process opens, and checks, what any of them needs: all find a damaged shard at once
             rows = [self.tokens[start : start + self.T + 1] for start in starts]
-        except (OSError, ValueError) as e:
-            fail(f"--data: {e}")
         buf = np.stack(rows[self.rank * self.B : (self.rank + 1) * self.B]).astype(np.int64)  # (B, T + 1)
         self.position += self.B * self.T * self.world
         return torch.from_numpy(buf[:, :-1]), torch.from_numpy(buf[:, 1:])
@@ -338,14 +336,12 @@ def parse_flags(argv=None):
 
 def check(cfg, world):
     """End the program where a setting of cfg, a filled one, can't work with world processes."""
-    for name in ("batch_size", "seq_len", "total_batch_size", "max_steps", "max_lr", "grad_clip", "val_tokens",
-                 "keep_checkpoints", "timeout_minutes"):
-        if not 0 < getattr(cfg, name) < 2**63:  # so that nan and inf fail too
-            fail(f"--{name} {getattr(cfg, name)} is not a number above 0")
-    for name in ("warmup_steps", "weight_decay", "seed", "eval_interval", "sample_interval", "hellaswag_interval",
-                 "checkpoint_interval", "checkpoint_minutes"):
-        if not 0 <= getattr(cfg, name) < 2**63:
-            fail(f"--{name} {getattr(cfg, name)} is not 0 or a number above it")
+    may_be_0 = ("warmup_steps", "weight_decay", "seed", "eval_interval", "hellaswag_interval", "sample_interval",
+                "checkpoint_interval", "checkpoint_minutes")
+    for f in fields(cfg):
+        value, zero = getattr(cfg, f.name), f.name in may_be_0
+        if f.type in (int, float) and not (0 < value < 2**63 or zero and value == 0):  # so that nan and inf fail too
+            fail(f"--{f.name} {value} is not {'0 or ' * zero}a number above {'it' if zero else '0'}")
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
         if getattr(cfg, name) not in choices:
             fail(f"--{name} {getattr(cfg, name)} is none of {', '.join(choices)}")
@@ -365,18 +361,15 @@ def pick_device(name=None):
 
     Under torchrun each process gets a GPU of its own, and mps, of which there is one, is left out.
     """
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and local_world == 1
-    if name is None:
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name not in ("cuda", "mps", "cpu"):
-        fail(f"--device {name} is none of cuda, mps, cpu")
-    if (name, cuda) == ("cuda", False) or (name, mps) == ("mps", False):
-        fail(f"--device {name}: it can't be used here; leave the flag out to take the best there is")
-    if name == "cuda" and local_world > torch.cuda.device_count():
-        fail(f"{local_world} processes want a GPU each, and here are {torch.cuda.device_count()}: start as many "
-             "processes as there are GPUs, or say --device cpu")
-    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and world == 1, cpu=True)
+    name = name or next(kind for kind in here if here[kind])
+    if not here.get(name):
+        fail(f"--device {name} is none of {', '.join(kind for kind in here if here[kind])}, which can be used here")
+    if name == "cuda" and world > torch.cuda.device_count():
+        fail(f"{world} processes want a GPU each, and here are {torch.cuda.device_count()}: start as many processes as "
+             "there are GPUs, or say --device cpu")
+    return torch.device("cuda", rank) if name == "cuda" else torch.device(name)
 
 
 def has_bfloat16(device):
@@ -543,11 +536,9 @@ def main(cfg):
         # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
         model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model]))
     elif not checkpoint:
-        try:
-            name = cfg.init_from
-            model = load_checkpoint(name)[0] if name.endswith(".pt") else GPT.from_pretrained(name)
-        except (OSError, ValueError) as e:
-            fail(f"--init_from {cfg.init_from}: {str(e).splitlines()[0]}")
+        with or_fail(f"--init_from {cfg.init_from}"):
+            from_file = cfg.init_from.endswith(".pt")
+            model = load_checkpoint(cfg.init_from)[0] if from_file else GPT.from_pretrained(cfg.init_from)
     if cfg.seq_len > model.config.block_size:
         fail(f"--seq_len {cfg.seq_len} is over the model's block size, {model.config.block_size}")
     if model.config.vocab_size < 50257:
@@ -559,11 +550,9 @@ def main(cfg):
     if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
     enc = gpt2_encoding()
-    try:
+    with or_fail(f"--data {cfg.data}"):
         tokens, val = load_data(cfg.data, enc)
         val = val[: cfg.val_tokens + 1]
-    except (OSError, ValueError) as e:
-        fail(f"--data {cfg.data}: {e}")
     seed = cfg.seed if cfg.shuffle else None
     loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size, rank, world, seed)
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len * world)
@@ -594,10 +583,8 @@ def main(cfg):
     elif cfg.resume:
         print0(f"the run in {cfg.log_dir} has no whole checkpoint: starting at step 0")
     if cfg.hellaswag_interval:
-        try:
+        with or_fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 does without HellaSwag)"):
             examples = hellaswag.load_examples()
-        except (OSError, ValueError) as e:
-            fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 does without HellaSwag): {e}")
     with or_fail(f"--log_dir {cfg.log_dir}"):
         os.makedirs(cfg.log_dir, exist_ok=True)
         TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
@@ -669,10 +656,8 @@ def main(cfg):
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
                                 optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped, run_id=run_id,
                                 evaluated=not stopping, log=logged.read()), f)
-            try:
+            with or_fail(f"--log_dir {cfg.log_dir}"):
                 step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
-            except ValueError as e:
-                fail(f"--log_dir {cfg.log_dir}: {e}")
             print(f"step {step:5d} | saved {path}")
             for old, path in list(checkpoints(cfg.log_dir).items())[cfg.keep_checkpoints :]:
                 if old % 5000 or old == 0:
