@@ -29,6 +29,32 @@ PATH = "hellaswag_val.jsonl"
 EXAMPLES = 10_042  # as many lines the file has
 
 
+def pick_device(name=None):
+    """Return the torch.device called name, or the best there is: an NVIDIA GPU (cuda), Apple's (mps), or the cpu.
+
+    Under torchrun each process gets a GPU of its own, and mps, of which there is one, is left out.
+    """
+    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and world == 1, cpu=True)
+    name = name or next(kind for kind in here if here[kind])
+    if not here.get(name):
+        fail(f"--device {name} is none of {', '.join(kind for kind in here if here[kind])}, which can be used here")
+    if name == "cuda" and world > torch.cuda.device_count():
+        fail(f"{world} processes want a GPU each, and here are {torch.cuda.device_count()}: start as many processes as "
+             "there are GPUs, or say --device cpu")
+    return torch.device("cuda", rank) if name == "cuda" else torch.device(name)
+
+
+def has_bfloat16(device):
+    """Tell whether device multiplies bfloat16 matrices itself; where it has to emulate them, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
 def download(path=PATH, url=URL):
     """Fetch the validation set to path, unless it is there. Where a try breaks off, the next one goes on.
 
@@ -195,7 +221,7 @@ def count_right(model, enc, examples, dtype="float32", rank=0, world=1, show=0):
 def main(argv=None):
     """Score a model and print its accuracies. Ends the program, status 2, where that can't be done."""
     # not above: it imports this file
-    from train_gpt2 import OPENAI_SIZES, GPT, load_checkpoint, pick_device
+    from train_gpt2 import OPENAI_SIZES, GPT, load_checkpoint
 
     parser = argparse.ArgumentParser(description="Score a GPT-2 on HellaSwag's validation set.")
     parser.error = fail  # argparse's own prints a usage block first

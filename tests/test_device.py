@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+import hellaswag
 import train_gpt2
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
@@ -14,7 +15,7 @@ def test_the_best_device_is_picked(monkeypatch, cuda, mps, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert train_gpt2.pick_device().type == best
+    assert hellaswag.pick_device().type == best
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch, capsys):
@@ -22,10 +23,10 @@ def test_each_process_gets_a_gpu_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert train_gpt2.pick_device("cuda") == torch.device("cuda", 1)
+    assert hellaswag.pick_device("cuda") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(SystemExit) as end:
-        train_gpt2.pick_device("cuda")
+        hellaswag.pick_device("cuda")
     assert end.value.code == 2
     assert capsys.readouterr().err == (
         "train_gpt2.py: 3 processes want a GPU each, and here are 2: start as many processes as there are GPUs, "
@@ -47,7 +48,7 @@ def test_tf32_is_switched_on(capsys, tmp_path, monkeypatch):
                                               ({"avx512_bf16": False}, False)])
 def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert train_gpt2.has_bfloat16(torch.device("cpu")) is answer
+    assert hellaswag.has_bfloat16(torch.device("cpu")) is answer
     dtype = train_gpt2.fill_defaults(train_gpt2.TrainConfig(), torch.device("cpu")).dtype
     assert dtype == ("bfloat16" if answer else "float32")
     by_hand = train_gpt2.fill_defaults(train_gpt2.TrainConfig(dtype="float32"), torch.device("cpu"))
