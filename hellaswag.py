@@ -7,6 +7,7 @@ An example is a dict: ctx, the text; endings, four of them; label, the number of
 by the ending that it finds likeliest after ctx.
 """
 import argparse
+import ctypes
 import hashlib
 import http.client
 import json
@@ -53,6 +54,19 @@ def has_bfloat16(device):
         return torch.backends.mps.is_macos_or_newer(14, 0)
     features = torch.cpu.get_capabilities()
     return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
+def prepare(device):
+    """Set PyTorch, and the C library, for the work on device that follows."""
+    torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":  # so a run repeats bit for bit, compiled too; filling fresh memory would only take time
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc would give a large block back at once, and get it anew, page by page,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: at every step; now it keeps what is freed
 
 
 def download(path=PATH, url=URL):
@@ -234,7 +248,7 @@ def main(argv=None):
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit} is not a number above 0")
     device = pick_device(args.device)
-    torch.set_float32_matmul_precision("high")
+    prepare(device)
     try:
         if args.data is None:
             download()

@@ -8,7 +8,6 @@
 `python train_gpt2.py --help` lists the flags.
 """
 import argparse
-import ctypes
 import inspect
 import math
 import os
@@ -32,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 from fineweb import SHARDS, fail, gpt2_encoding, load_data, or_fail, print0, replacing
-from hellaswag import has_bfloat16, pick_device
+from hellaswag import has_bfloat16, pick_device, prepare
 
 # -----------------------------------------------------------------------------
 # The model
@@ -486,8 +485,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     cfg = fill_defaults(cfg, device)
     check(cfg, world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    prepare(device)
     if world > 1:
         # under a prefix: after a restart, what the dead ones told each other still stands in torchrun's store
         store = dist.PrefixStore(f"attempt {restarts}", next(dist.rendezvous("env://"))[0])
@@ -497,15 +495,8 @@ def main(cfg):
         if len(set(found)) > 1:
             fail(f"--resume: the processes find different checkpoints, after {found} updates; share {cfg.log_dir} between the "
                  "machines")
-    torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
            f"autocast: {cfg.dtype}, compile: {cfg.compile}")
-    if device.type == "cpu":  # so a run repeats bit for bit, compiled too; filling fresh memory would only take time
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc would give a large block back at once, and get it anew, page by page,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: at every step; now it keeps what is freed
     torch.manual_seed(cfg.seed)
     if cfg.init_from == "scratch" and not checkpoint:
         # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
