@@ -60,8 +60,7 @@ SIZES = {**OPENAI_SIZES, "laptop": dict(n_layer=4, n_head=4, n_embd=96)}  # and 
 class CausalSelfAttention(nn.Module):
     """Let every token read from itself and from the tokens before it ("Attention Is All You Need", section 3.2).
 
-    (B, T, n_embd) -> (B, T, n_embd); inside, nh heads of size hs = n_embd / nh.
-    Raises ValueError where the heads don't divide the width.
+    (B, T, n_embd) -> (B, T, n_embd), inside nh heads of size hs; ValueError where n_embd is no multiple of nh.
     """
 
     def __init__(self, config):
@@ -74,22 +73,16 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        qkv = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         # a head is a slice of the width; moved before T, it is one more batch dimension
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in qkv)  # (B, nh, T, hs) each
         # softmax(q k^T / sqrt(hs)) v with the future masked, in tiles: the (T, T) scores never reach memory
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.c_proj(y)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between them, applied to every token alone.
-
-    (B, T, n_embd) -> (B, T, n_embd): B sequences of T tokens, each token a vector.
-    """
+    """Two linear maps with a GELU between them, applied to every token alone; (B, T, n_embd) -> (B, T, n_embd)."""
 
     def __init__(self, config):
         super().__init__()
@@ -98,8 +91,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        x = self.gelu(self.c_fc(x))  # (B, T, 4 * n_embd)
-        return self.c_proj(x)  # (B, T, n_embd)
+        return self.c_proj(self.gelu(self.c_fc(x)))  # (B, T, n_embd) -> (B, T, 4 * n_embd) -> (B, T, n_embd)
 
 
 class Block(nn.Module):
@@ -114,15 +106,11 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), under OpenAI's parameter names.
-
-    Nothing in it is random (no dropout), so train() and eval() make no difference.
-    """
+    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), under OpenAI's parameter names; no dropout."""
 
     def __init__(self, config):
         super().__init__()
@@ -161,22 +149,20 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        # cross_entropy wants a row of scores for each prediction, and one target for each row
-        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))  # the mean of B * T predictions
-        return logits, loss
+        # cross_entropy wants a row of scores for each prediction, and one target; the mean is of B * T predictions
+        return logits, F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))
 
     @classmethod
     def from_pretrained(cls, name):
-        """Return a GPT with weights in Hugging Face's format: OpenAI's, or those of a local folder.
+        """Return a GPT with weights in Hugging Face's format: OpenAI's (gpt2, gpt2-medium, ...), or those of a folder.
 
-        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder that holds config.json and model.safetensors.
         Raises OSError where there are no such weights, ValueError where they aren't a whole GPT-2's.
         """
         if name not in OPENAI_SIZES and not os.path.isdir(name):
             raise FileNotFoundError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI_SIZES)}")
-        from huggingface_hub.utils import logging as hub_logging
+        from huggingface_hub.utils import logging as hub_logging  # slow to import, and needed only here
         from safetensors import SafetensorError
-        from transformers import GPT2LMHeadModel, logging  # slow to import, and needed only here
+        from transformers import GPT2LMHeadModel, logging
 
         logging.set_verbosity_error()  # what matters of its warnings is raised below
         logging.disable_progress_bar()
@@ -193,14 +179,11 @@ class GPT(nn.Module):
         for fault in ("missing_keys", "mismatched_keys"):  # what transformers then fills with random numbers
             if report[fault]:
                 raise ValueError(f"its weights have {fault}, such as {sorted(report[fault])[0]}")
-
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
         # OpenAI computed these four as x @ W with W of shape (in, out); nn.Linear keeps (out, in)
         transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-        weights = source.state_dict()
-        with torch.no_grad():
-            for key, p in model.named_parameters():
-                p.copy_(weights[key].t() if key.endswith(transposed) else weights[key])
+        weights = {key: w.t() if key.endswith(transposed) else w for key, w in source.state_dict().items()}
+        model.load_state_dict({key: weights[key] for key in model.state_dict()})
         return model
 
 
@@ -212,8 +195,7 @@ class GPT(nn.Module):
 def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=42):
     """Continue prompt num_samples times, each by max_new_tokens tokens; return the texts, prompt included.
 
-    Each token is drawn from the top_k likeliest. The draws come from a generator of their own, so that sampling
-    leaves no trace in whatever else uses random numbers.
+    Each token is one of the top_k likeliest, drawn by a generator of its own: sampling leaves no trace elsewhere.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -236,8 +218,8 @@ class DataLoaderLite:
 
     position, in tokens from the run's start on and the same in all processes, is where process 0's next micro-batch
     starts; the others add their own offset. So together they read what one would. An epoch ends with the last whole total
-    batch, of total_batch_size tokens; of a text too short for one, with its last window. So it is the same for every B
-    and world. With a seed each epoch has an order of its own; what is less than a window at a shard's end is left out.
+    batch, of total_batch_size tokens, whatever B and world are; of a text too short for one, with its last window. With a
+    seed each epoch has an order of its own; what is less than a window at a shard's end is left out.
     """
 
     def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1, seed=None):
@@ -348,8 +330,7 @@ def check(cfg, world):
     micro = cfg.batch_size * cfg.seq_len * world
     if cfg.total_batch_size % micro:
         fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of batch_size x seq_len x processes = "
-             f"{cfg.batch_size} x {cfg.seq_len} x {world} = {micro}; "
-             f"the next one is {-(-cfg.total_batch_size // micro) * micro}")
+             f"{cfg.batch_size} x {cfg.seq_len} x {world} = {micro}; the next is {-(-cfg.total_batch_size // micro) * micro}")
 
 
 # -----------------------------------------------------------------------------
@@ -357,10 +338,9 @@ def check(cfg, world):
 
 
 def get_lr(step, cfg):
-    """Return the learning rate of update `step`, 0 .. max_steps - 1: linear warm-up, then half a cosine.
+    """Return the learning rate of update `step`, 0 .. max_steps - 1 (GPT-3's paper, appendix B).
 
-    It rises to max_lr at the last step of the warm-up and falls to max_lr / 10 at the last step of all (GPT-3's
-    paper, appendix B).
+    It rises in a line to max_lr, at the warm-up's last step, and falls by half a cosine to max_lr / 10, at the last of all.
     """
     min_lr, warmup_steps = 0.1 * cfg.max_lr, max(cfg.warmup_steps, 1)
     if step < warmup_steps:
@@ -385,8 +365,7 @@ def configure_optimizer(model, weight_decay, lr):
 def accumulate_gradients(model, loader, micro_steps, dtype):
     """Add to .grad the gradient of the mean loss over micro_steps batches of loader; return that loss, (), detached.
 
-    dtype: bfloat16 for autocast, float32 for none. Under DDP the gradient is then the mean over all processes too,
-    while the loss is this one's.
+    dtype: bfloat16 for autocast, float32 for none. Under DDP the gradient is then all processes' mean; the loss isn't.
     """
     device = next(model.parameters()).device
     mean_loss = torch.zeros((), device=device)
@@ -404,19 +383,15 @@ def accumulate_gradients(model, loader, micro_steps, dtype):
 
 @torch.no_grad()
 def evaluate(model, tokens, B, T, dtype, rank=0, world=1):
-    """Return the mean loss, in nats a token, of predicting tokens[1:], in rows of T.
-
-    The batches of B rows are dealt out to the processes; they are the same ones for any number of these.
-    """
+    """Return the mean loss, in nats a token, of tokens[1:], in rows of T; the processes share the batches of B rows."""
     device = next(model.parameters()).device
     total = 0.0
     for start in range(rank * B * T, len(tokens) - 1, world * B * T):
-        part = tokens[start : start + B * T + 1]
-        n = len(part) - 1  # B * T, but less in the last batch
-        x, y = np.zeros(B * T, dtype=np.int64), np.full(B * T, -100)  # where y is -100, cross_entropy doesn't look
-        x[:n], y[:n] = part[:-1], part[1:]
+        part = torch.from_numpy(tokens[start : start + B * T + 1].astype(np.int64)).to(device)
+        n = len(part) - 1  # B * T, but less in the last batch, which is filled up; where y is -100, nothing is scored
+        x, y = F.pad(part[:-1], (0, B * T - n)), F.pad(part[1:], (0, B * T - n), value=-100)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = model(*(torch.from_numpy(a).view(B, T).to(device) for a in (x, y)))
+            _, loss = model(x.view(B, T), y.view(B, T))
         total += n * loss.item()
     if world > 1:
         total = torch.tensor(total, dtype=torch.float64, device=device)

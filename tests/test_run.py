@@ -57,6 +57,14 @@ def test_validation_loss_is_that_of_every_token_once(B, T):
     assert evaluate(model, tokens, B, T, "float32") == pytest.approx(total / 102, abs=1e-5)
 
 
+def test_validation_on_less_than_a_row():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=32))
+    tokens = np.array([464, 3290, 318], dtype=np.uint16)
+    _, loss = model(torch.tensor([[464, 3290]]), torch.tensor([[3290, 318]]))
+    assert evaluate(model, tokens, 2, 16, "float32") == pytest.approx(loss.item(), abs=1e-6)
+
+
 def test_bits_per_byte(capsys):
     model, out = train(capsys, eval_interval=4, max_steps=6)
     found = re.findall(r"^step +(\d+) \| val loss: (\d+\.\d{6}) \| bits per byte: (\d+\.\d{4})$", out, re.M)
