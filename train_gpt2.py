@@ -20,6 +20,7 @@ import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -442,20 +443,18 @@ def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     log_path = os.path.join(cfg.log_dir, "log.txt")
-    model, checkpoint = None, None
     run_id, restarts = os.environ.get("TORCHELASTIC_RUN_ID"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if cfg.resume or restarts:
-        model, checkpoint = newest_checkpoint(cfg.log_dir)
-        if not cfg.resume and checkpoint and checkpoint["run_id"] != run_id:
-            model, checkpoint = None, None
-        if cfg.resume and not checkpoint and not os.path.exists(log_path):
-            fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
-        if checkpoint:
-            begun = checkpoint["train_config"]
-            if cfg.model not in (None, begun.model):
-                fail(f"--model {cfg.model}: the run in {cfg.log_dir} was begun with {begun.model}; leave the flag out")
-            given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) not in (None, f.default)}
-            cfg = replace(begun, **given | dict(log_dir=cfg.log_dir))
+    model, checkpoint = newest_checkpoint(cfg.log_dir) if cfg.resume or restarts else (None, None)
+    if checkpoint and not cfg.resume and checkpoint["run_id"] != run_id:  # the folder's checkpoint is another run's
+        model, checkpoint = None, None
+    if checkpoint:
+        begun = checkpoint["train_config"]
+        if cfg.model not in (None, begun.model):
+            fail(f"--model {cfg.model}: the run in {cfg.log_dir} was begun with {begun.model}; leave the flag out")
+        given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) not in (None, f.default)}
+        cfg = replace(begun, **given | dict(log_dir=cfg.log_dir))
+    elif cfg.resume and not os.path.exists(log_path):
+        fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
     done = checkpoint["step"] if checkpoint else -1
     device = pick_device(cfg.device)
     cfg = fill_defaults(cfg, device)
@@ -468,8 +467,7 @@ def main(cfg):
                                 timeout=timedelta(minutes=cfg.timeout_minutes))
         dist.all_gather_object(found := [None] * world, done)
         if len(set(found)) > 1:
-            fail(f"--resume: the processes find different checkpoints, after {found} updates; share {cfg.log_dir} between the "
-                 "machines")
+            fail(f"--resume: the processes find different checkpoints, after {found} updates; share {cfg.log_dir} among them")
     print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
            f"autocast: {cfg.dtype}, compile: {cfg.compile}")
     torch.manual_seed(cfg.seed)
@@ -494,20 +492,18 @@ def main(cfg):
     with or_fail(f"--data {cfg.data}"):
         tokens, val = load_data(cfg.data, enc)
         val = val[: cfg.val_tokens + 1]
-    seed = cfg.seed if cfg.shuffle else None
-    loader = DataLoaderLite(tokens, cfg.batch_size, cfg.seq_len, cfg.total_batch_size, rank, world, seed)
-    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.seq_len * world)
-    print0(f"{len(tokens):,} tokens to train on, {len(val) - 1:,} to validate; 1 update = {cfg.total_batch_size:,} "
-           f"tokens = {grad_accum_steps} micro-batches of {cfg.batch_size} x {cfg.seq_len} x {world}; "
-           f"1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} updates, and leaves out "
-           f"{len(tokens) - loader.epoch_tokens:,} tokens")
-    c, micro = model.config, cfg.batch_size * cfg.seq_len
+    B, T, seed = cfg.batch_size, cfg.seq_len, cfg.seed if cfg.shuffle else None
+    loader = DataLoaderLite(tokens, B, T, cfg.total_batch_size, rank, world, seed)
+    grad_accum_steps = cfg.total_batch_size // (B * T * world)
+    print0(f"{len(tokens):,} tokens to train on, {len(val) - 1:,} to validate; 1 update = {cfg.total_batch_size:,} tokens = "
+           f"{grad_accum_steps} micro-batches of {B} x {T} x {world}; 1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} "
+           f"updates, and leaves out {len(tokens) - loader.epoch_tokens:,} tokens")
+    c = model.config
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
-    flops = 6 * matrices + 12 * c.n_layer * c.n_embd * cfg.seq_len  # a token, there and back (PaLM's paper, appendix B)
-    # bytes: weights, gradients and AdamW's two averages; and DDP's buckets, in which gradients travel
-    state = (16 + 4 * (world > 1)) * parameters
+    flops = 6 * matrices + 12 * c.n_layer * c.n_embd * T  # a token, there and back (PaLM's paper, appendix B)
+    state = (16 + 4 * (world > 1)) * parameters  # bytes: weights, gradients, AdamW's two averages; DDP's buckets
     # what a layer keeps for backward, counted on a CPU; and logits, their softmax and its gradient, 4 bytes each
-    activations = micro * ((40 if cfg.dtype == "bfloat16" else 65) * c.n_layer * c.n_embd + 12 * c.vocab_size)
+    activations = B * T * ((40 if cfg.dtype == "bfloat16" else 65) * c.n_layer * c.n_embd + 12 * c.vocab_size)
     total = cfg.max_steps * cfg.total_batch_size
     disk = 12 * parameters * (cfg.keep_checkpoints + 1 + cfg.max_steps // 5000)  # one more while it is written
     print0(f"plan: {cfg.max_steps:,} updates = {total:,} tokens = {total / loader.epoch_tokens:.2f} epochs = "
@@ -529,24 +525,22 @@ def main(cfg):
     with or_fail(f"--log_dir {cfg.log_dir}"):
         os.makedirs(cfg.log_dir, exist_ok=True)
         TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
-        there = sum(os.path.getsize(path) for path in checkpoints(cfg.log_dir).values()) if checkpoint else 0
-        if (free := shutil.disk_usage(cfg.log_dir).free) < disk - there:
+        disk -= sum(os.path.getsize(path) for path in checkpoints(cfg.log_dir).values()) if checkpoint else 0
+        if (free := shutil.disk_usage(cfg.log_dir).free) < disk:
             fail(f"--log_dir {cfg.log_dir}: its disk has {free / 1e9:.2f} GB free, and the checkpoints will take "
-                 f"{(disk - there) / 1e9:.2f} GB; make room, or lower --keep_checkpoints")
+                 f"{disk / 1e9:.2f} GB; make room, or lower --keep_checkpoints")
         if world > 1:
             dist.barrier()
         if rank == 0 and checkpoint:
             for number, path in checkpoints(cfg.log_dir).items():
                 if number > done:  # it is damaged; its name is for a good one
                     os.replace(path, path + ".damaged")
-            for name in os.listdir(cfg.log_dir):
-                if name.endswith(".tmp"):  # what a kill left of one
-                    os.remove(os.path.join(cfg.log_dir, name))
-            with open(log_path, "a+", encoding="utf-8", errors="replace") as f:
-                f.seek(0)
-                if not f.read().startswith(checkpoint["log"]):
-                    os.replace(log_path, log_path + ".damaged")
-                    print(f"warning: {log_path} isn't what was logged; the checkpoint has that", file=sys.stderr)
+            for path in Path(cfg.log_dir).glob("*.tmp"):  # what a kill left of one
+                path.unlink()
+            Path(log_path).touch()
+            if not Path(log_path).read_bytes().startswith(checkpoint["log"].encode()):
+                os.replace(log_path, log_path + ".damaged")
+                print(f"warning: {log_path} isn't what was logged; the checkpoint has that", file=sys.stderr)
             with replacing(log_path) as f:  # what was logged after the checkpoint will be logged again
                 f.write(checkpoint["log"].encode())
         elif rank == 0 and os.path.exists(log_path):
@@ -555,7 +549,7 @@ def main(cfg):
             os.rename(folder, older)
             os.makedirs(folder)
             print(f"{cfg.log_dir} held an earlier run, which is in {older} now")
-        log = open(log_path if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8")  # line by line
+        log = open(log_path if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8", newline="\n")
 
     skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
     evaluated = done if checkpoint and checkpoint["evaluated"] else -1  # the step at which all that was due is done
@@ -566,8 +560,8 @@ def main(cfg):
             os._exit(130)
         asked.append(time.monotonic())
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, ask) for number in numbers}
+    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Windows lacks the last one
+    handlers = {number: signal.signal(number, ask) for number in signals}
     for step in range(max(done, 0), cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
 
@@ -579,9 +573,9 @@ def main(cfg):
                 log.write(f"{step} {kind} {value:.6f}\n")
 
         if due(cfg.eval_interval):
-            val_loss = evaluate(model, val, cfg.batch_size, cfg.seq_len, cfg.dtype, rank, world)
-            bits = val_loss / math.log(2)
-            print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits / bytes_per_token:.4f}")
+            val_loss = evaluate(model, val, B, T, cfg.dtype, rank, world)
+            bits = val_loss / math.log(2) / bytes_per_token
+            print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits:.4f}")
             note("val", val_loss)
         if due(cfg.hellaswag_interval):
             right = hellaswag.count_right(model, enc, examples, cfg.dtype, rank, world)[1]
@@ -593,11 +587,11 @@ def main(cfg):
         late = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
         if rank == 0 and (due(cfg.checkpoint_interval) or late or stopping):
             path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
-            with or_fail(f"--log_dir {cfg.log_dir}"), replacing(path) as f, open(log_path, encoding="utf-8") as logged:
-                torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
-                                optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped, run_id=run_id,
-                                evaluated=not stopping, log=logged.read()), f)
             with or_fail(f"--log_dir {cfg.log_dir}"):
+                with replacing(path) as f, open(log_path, encoding="utf-8") as logged:
+                    torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
+                                    optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
+                                    evaluated=not stopping, run_id=run_id, log=logged.read()), f)
                 step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
             print(f"step {step:5d} | saved {path}")
             for old, path in list(checkpoints(cfg.log_dir).items())[cfg.keep_checkpoints :]:

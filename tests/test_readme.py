@@ -32,6 +32,10 @@ def test_the_files_it_shows_are_there():
         assert (ROOT / path).is_file(), path
 
 
+def test_the_program_is_short_enough_to_be_read():
+    assert len((ROOT / "train_gpt2.py").read_text(encoding="utf-8").splitlines()) < 650
+
+
 def test_every_test_it_points_at_is_there():
     files = list((ROOT / "tests").glob("test_*.py"))
     known = [path.stem for path in files] + re.findall(r"^def (test_\w+)", "".join(map(Path.read_text, files)), re.M)

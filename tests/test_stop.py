@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
-            "--shutdown-timeout=3", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 FLAGS = ("--data text.txt --model laptop --batch_size 1 --seq_len 16 --total_batch_size 64 --max_steps 40 --max_lr 1e-2 "
          "--dtype float32 --device cpu --eval_interval 10 --val_tokens 200 --sample_interval 0 "
          "--checkpoint_interval 20").split()
@@ -36,11 +36,12 @@ open(f"ended_{at}_{rank}", "w").close()
 """
 
 
-def start(folder, *flags, at="", processes=1, script="probe.py"):
-    """Start a run in folder that, if by probe.py, waits within step `at`."""
+def start(folder, *flags, at="", processes=1, script="probe.py", patience=3):
+    """Start a run in folder that, if by probe.py, waits within step `at`; torchrun has patience, s, with who is to end."""
     (folder / "probe.py").write_text(PROBE)
     (folder / "text.txt").write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    launcher = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    torchrun = [*TORCHRUN, f"--nproc_per_node={processes}", f"--shutdown-timeout={patience}"]
+    launcher = torchrun if processes > 1 else [sys.executable]
     env = dict(os.environ, PYTHONPATH=str(ROOT), AT=str(at))
     return subprocess.Popen([*launcher, str(script), *FLAGS, *flags], cwd=folder, env=env, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
@@ -54,7 +55,7 @@ def wait_for(path, process):
 
 def stop(folder, at, name, processes, *flags):
     """Start a run in folder and send it a signal within step `at`; return (its exit status, all that it printed)."""
-    process = start(folder, *flags, at=at, processes=processes)
+    process = start(folder, *flags, at=at, processes=processes, patience=60)
     for rank in range(processes):
         wait_for(folder / f"waits_{at}_{rank}", process)
     process.send_signal(getattr(signal, name))
@@ -150,7 +151,7 @@ def test_processes_that_find_different_checkpoints(tmp_path):
     (tmp_path / "other" / "log" / "log.txt").touch()
     (tmp_path / "other" / "text.txt").write_text("word " * 9000)
     out = start(tmp_path, "--resume", processes=2, script="probe2.py").communicate(timeout=100)[0]
-    assert "--resume: the processes find different checkpoints, after [10, -1] updates; share log between the" in out
+    assert "--resume: the processes find different checkpoints, after [10, -1] updates; share log among them" in out
 
 
 def test_nobody_waits_for_ever(tmp_path):
