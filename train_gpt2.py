@@ -634,6 +634,7 @@ def main(cfg):
     if stopping:
         print0(f"stopped after {step} of {cfg.max_steps} updates; --resume goes on")
     if world > 1:
+        del train_model  # else DDP, the last to let go of the group, would hold Python's lock, for which Gloo may wait
         dist.destroy_process_group()
     return model
 

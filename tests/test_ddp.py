@@ -36,6 +36,19 @@ def val_losses(out):
     return [float(loss) for loss in re.findall(r"val loss: (\d+\.\d{6})", out)]
 
 
+def test_nothing_holds_the_process_group_at_the_end(tmp_path):
+    (tmp_path / "probe.py").write_text(
+        "import gc, torch.distributed as dist, train_gpt2\n"
+        "destroy = dist.destroy_process_group\n"
+        "def look_and_destroy():\n"
+        "    print('DDP objects:', sum(type(o) is train_gpt2.DDP for o in gc.get_objects()))\n"
+        "    destroy()\n"
+        "dist.destroy_process_group = look_and_destroy\n"
+        "train_gpt2.main(train_gpt2.parse_flags())\n")
+    out, failed = torchrun("probe.py", *FLAGS, "--max_steps", "1", "--hellaswag_interval", "0", cwd=tmp_path)
+    assert not failed and out.count("DDP objects: 0\n") == 2, out
+
+
 def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     with open(os.path.join(ROOT, "tests", "hellaswag.jsonl"), encoding="utf-8") as f:
