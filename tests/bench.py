@@ -1,0 +1,143 @@
+"""How fast is it? One run, one table of ratios, each of two things measured side by side.
+
+    python tests/bench.py            # GPT-2 (124M); a few minutes on two cores
+    python tests/bench.py --quick    # a tiny model, once each: seconds; shows that it runs, not how fast
+    python tests/bench.py step       # one row (step, start, memory, save)
+
+Times are medians of three, start's of five; memory is looked at once.
+"""
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import fineweb  # noqa: E402
+import hellaswag  # noqa: E402
+import train_gpt2  # noqa: E402
+
+QUICK = "--quick" in sys.argv
+DEVICE = hellaswag.pick_device()
+DTYPE = "bfloat16" if hellaswag.has_bfloat16(DEVICE) else "float32"
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32) if QUICK else train_gpt2.SIZES["gpt2"]
+
+
+def seconds(work, times=1 if QUICK else 3):
+    """Return how long work() takes, the median of so many times."""
+    taken = []
+    for _ in range(times):
+        t0 = time.perf_counter()
+        work()
+        torch.get_device_module(DEVICE).synchronize()
+        taken.append(time.perf_counter() - t0)
+    return statistics.median(taken)
+
+
+def make_model():
+    torch.manual_seed(0)
+    return train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=50304, **SHAPE)).to(DEVICE)
+
+
+def step():
+    """A training step's share of the rate at which this machine multiplies matrices."""
+    n, k, m = (8192, 8192, 8192) if DEVICE.type == "cuda" else (1024, 768, 3072)
+    a, b = (torch.randn(*shape, device=DEVICE, dtype=getattr(torch, DTYPE)) for shape in ((n, k), (k, m)))
+
+    def products():
+        for _ in range(20):
+            a @ b
+
+    B, T = (64, 1024) if DEVICE.type == "cuda" else (4, 32 if QUICK else 256)
+    model = make_model()
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
+    flops = B * T * (6 * matrices + 12 * model.config.n_layer * model.config.n_embd * T)
+    optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
+    tokens = np.random.default_rng(0).integers(50257, size=50 * B * T, dtype=np.uint16)
+    loader = train_gpt2.DataLoaderLite(tokens, B, T, B * T)
+
+    def update():
+        optimizer.zero_grad()
+        train_gpt2.accumulate_gradients(model, loader, 1, DTYPE)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    seconds(update, 2)  # what is made once, is made
+    seconds(products)
+    rates = []
+    for _ in range(1 if QUICK else 3):  # in turns: a machine's pace changes
+        ceiling = 20 * 2 * n * k * m / seconds(products)
+        rates.append(flops / seconds(update) / ceiling)
+    return statistics.median(rates)
+
+
+def start():
+    """The time to --help's first line against that of `import torch`."""
+    def first_line(*command):
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()
+        process.kill()
+        process.communicate()
+
+    times = 1 if QUICK else 5
+    first_line("-c", "import torch")  # into the page cache
+    torch_alone = seconds(lambda: first_line("-c", "import torch; print()"), times)
+    return seconds(lambda: first_line("train_gpt2.py", "--help"), times) / torch_alone
+
+
+def memory():
+    """The memory (RssAnon) that reading a shard of 100M tokens takes, as a share of the shard's size."""
+    probe = ("import fineweb, re, sys, train_gpt2\n"
+             "anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+             "before = anon()\n"
+             "train, _ = fineweb.open_shards(sys.argv[1], 50257)\n"
+             "loader = train_gpt2.DataLoaderLite(train, 64, 1024, 2**16, seed=1)\n"
+             "for _ in range(50): loader.next_batch()\n"
+             "print(1000 * (anon() - before))\n")
+    size = 1_000_000 if QUICK else 100_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(2):
+            fineweb.write_shard(folder, number, np.zeros(size, dtype=np.uint16))
+        done = subprocess.run([sys.executable, "-c", probe, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(re.search(r"\d+", done.stdout)[0]) / (2 * size)
+
+
+def save():
+    """How long a checkpoint of model and AdamW blocks the run, against writing its bytes to the same disk."""
+    model = make_model()
+    optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        def checkpoint():
+            with fineweb.replacing(f"{folder}/a") as f:
+                torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), f)
+
+        blocked = seconds(checkpoint)
+        data = Path(f"{folder}/a").read_bytes()
+
+        def write():
+            with fineweb.replacing(f"{folder}/b") as f:
+                f.write(data)
+
+        return blocked / seconds(write)
+
+
+ROWS = dict(step=step, start=start, memory=memory, save=save)
+
+if __name__ == "__main__":
+    hellaswag.prepare(DEVICE)
+    here = [name for name in ROWS if name != "memory" or sys.platform == "linux"]  # it asks /proc
+    wanted = [name for name in here if name in sys.argv] or here
+    table = [(name, ROWS[name]()) for name in wanted]
+    print(f"\n{DEVICE.type}, {torch.get_num_threads()} threads, {DTYPE}")
+    for name, ratio in table:
+        print(f"{ratio:8.2f}  {name:10s} {ROWS[name].__doc__}")
