@@ -72,13 +72,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of every head
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         # a head is a slice of the width; moved before T, it is one more batch dimension
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in qkv)  # (B, nh, T, hs) each
+        if cache is not None:  # keys and values of the S - T tokens before these don't change any more
+            if self in cache:
+                k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache[self], (k, v)))  # (B, nh, S, hs) each
+            cache[self] = k, v
         # softmax(q k^T / sqrt(hs)) v with the future masked, in tiles: the (T, T) scores never reach memory
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 
@@ -105,8 +109,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -133,21 +137,25 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None, at=...):
         """Score every possible next token at every position.
 
         idx: token ids, (B, T), int64; targets: the ids that do come next, (B, T), int64.
+        cache: a dict, empty at first; with it idx is what follows the idx of the calls before, which isn't computed again.
+        at: an index into (B, T), by which only some positions are scored.
         Returns (logits, loss): logits (B, T, vocab_size); loss, in nats a token, is None without targets.
-        Raises ValueError where T is over block_size.
+        Raises ValueError where a sequence is over block_size.
         """
         B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size, {self.config.block_size}")
-        pos = torch.arange(T, device=idx.device)  # (T,)
+        past = next(iter(cache.values()))[0].shape[2] if cache else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"a sequence of {past + T} tokens is longer than block_size, {self.config.block_size}")
+        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past) if past else None  # (T, S)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd); every row gets the same positions
         for block in self.transformer.h:
-            x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
+            x = block(x, cache, mask)
+        logits = self.lm_head(self.transformer.ln_f(x)[at])  # (B, T, vocab_size), or what `at` leaves of (B, T)
         if targets is None:
             return logits, None
         # cross_entropy wants a row of scores for each prediction, and one target; the mean is of B * T predictions
@@ -201,12 +209,16 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([enc.encode(prompt)] * num_samples, device=device)  # (num_samples, T)
+    cache, new = {}, idx[:, -model.config.block_size :]
     for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.config.block_size :])  # what is too far back drops out
-        logits = logits[:, -1, : enc.n_vocab]  # (num_samples, 50257): the last position, without the padding
+        logits, _ = model(new, cache=cache, at=np.s_[:, -1])
+        logits = logits[:, : enc.n_vocab]  # (num_samples, 50257): without the padding
         logits, ids = logits.topk(top_k)  # (num_samples, top_k)
         drawn = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)  # (num_samples, 1)
         idx = torch.cat((idx, ids.gather(1, drawn)), dim=1)  # (num_samples, T + 1)
+        new = idx[:, -1:]  # (num_samples, 1)
+        if idx.shape[1] > model.config.block_size:  # the oldest token drops out: the others move up, to other positions
+            cache, new = {}, idx[:, -model.config.block_size :]
     return [enc.decode(row) for row in idx.tolist()]
 
 

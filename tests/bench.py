@@ -2,7 +2,7 @@
 
     python tests/bench.py            # GPT-2 (124M); a few minutes on two cores
     python tests/bench.py --quick    # a tiny model, once each: seconds; shows that it runs, not how fast
-    python tests/bench.py step       # one row (step, start, memory, save)
+    python tests/bench.py step       # one row (step, sample, start, memory, save)
 
 Times are medians of three, start's of five; memory is looked at once.
 """
@@ -78,6 +78,21 @@ def step():
     return statistics.median(rates)
 
 
+@torch.no_grad()
+def sampling():
+    """Tokens a second of four samples from 8 to 256 tokens, against computing everything again for each token."""
+    model, enc = make_model(), fineweb.gpt2_encoding()
+    longest = 16 if QUICK else 256
+
+    def recompute():  # for each eighth length only
+        for T in range(8, longest, 8):
+            logits, _ = model(torch.zeros(4, T, dtype=torch.int64, device=DEVICE))
+            logits[:, -1, : enc.n_vocab].topk(50)
+
+    prompt = "Hello, I'm a language model,"  # 8 tokens
+    return 8 * seconds(recompute) / seconds(lambda: train_gpt2.sample(model, enc, prompt, max_new_tokens=longest - 8))
+
+
 def start():
     """The time to --help's first line against that of `import torch`."""
     def first_line(*command):
@@ -131,7 +146,7 @@ def save():
         return blocked / seconds(write)
 
 
-ROWS = dict(step=step, start=start, memory=memory, save=save)
+ROWS = dict(step=step, sample=sampling, start=start, memory=memory, save=save)
 
 if __name__ == "__main__":
     hellaswag.prepare(DEVICE)

@@ -1,6 +1,7 @@
 """The tokenizer and sampling."""
 import socket
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,12 +34,12 @@ class Rigged(torch.nn.Module):
         self.p = torch.nn.Parameter(torch.zeros(()))
         self.longest = 0
 
-    def forward(self, idx):
+    def forward(self, idx, cache, at):
         self.longest = max(self.longest, idx.shape[1])
         gap = (torch.arange(50304) - idx[:, :, None] - 1) % 50257  # (B, T, 50304)
         logits = -gap.float() * 0.1
         logits[:, :, 50257:] = 1000.0  # the padding screams
-        return logits, None
+        return logits[at], None
 
 
 def test_greedy_takes_the_likeliest_and_old_tokens_drop_out(enc):
@@ -69,3 +70,26 @@ def test_samples_repeat_and_leave_the_random_numbers_alone(enc):
 def test_the_padding_is_never_sampled(enc):
     texts = sample(Rigged(), enc, " a", num_samples=50, max_new_tokens=10)  # an id over 50256 can't be decoded
     assert len(texts) == 50
+
+
+def test_a_cache_changes_no_logit():
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32)), torch.randint(50257, (3, 16))
+    whole, cache = model(idx)[0], {}
+    parts = [model(part, cache=cache)[0] for part in idx.split([5, 1, 1, 7, 2], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
+    assert torch.allclose(model(idx, at=np.s_[:, -1])[0], whole[:, -1], atol=1e-5)
+    with pytest.raises(ValueError, match="17 tokens is longer than block_size, 16"):
+        model(idx[:, :1], cache=cache)
+
+
+def test_the_same_tokens_as_without_a_cache(enc):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32))
+    texts = sample(model, enc, "Once upon a time", max_new_tokens=30)  # and on, where the oldest drop out
+    generator, idx = torch.Generator().manual_seed(42), torch.tensor([enc.encode("Once upon a time")] * 4)
+    for _ in range(30):
+        logits, ids = model(idx[:, -16:])[0][:, -1, :50257].topk(50)
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        idx = torch.cat((idx, ids.gather(1, drawn)), dim=1)
+    assert texts == [enc.decode(row) for row in idx.tolist()]
