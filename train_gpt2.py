@@ -4,10 +4,12 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight processes, each with a GPU of its own
     torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu --batch_size 8
     python train_gpt2.py --resume                            # go on from the newest checkpoint in log/
+    python train_gpt2.py --sample "Once upon a time"         # let it write
 
 `python train_gpt2.py --help` lists the flags.
 """
 import argparse
+import codecs
 import inspect
 import math
 import os
@@ -201,22 +203,28 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=42):
+def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=42, temperature=1.0, show=False):
     """Continue prompt num_samples times, each by max_new_tokens tokens; return the texts, prompt included.
 
-    Each token is one of the top_k likeliest, drawn by a generator of its own: sampling leaves no trace elsewhere.
+    Each token is one of the top_k likeliest, drawn by a generator of its own: sampling leaves no trace elsewhere. The
+    logits are divided by temperature first; 0 takes the likeliest token. show: print the first text as it comes.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.tensor([enc.encode(prompt)] * num_samples, device=device)  # (num_samples, T)
+    idx = torch.tensor([enc.encode(prompt, allowed_special="all")] * num_samples, device=device)  # (num_samples, T)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may be more than one token
+    if show:
+        print(prompt, end="", flush=True)
     cache, new = {}, idx[:, -model.config.block_size :]
     for _ in range(max_new_tokens):
         logits, _ = model(new, cache=cache, at=np.s_[:, -1])
         logits = logits[:, : enc.n_vocab]  # (num_samples, 50257): without the padding
-        logits, ids = logits.topk(top_k)  # (num_samples, top_k)
-        drawn = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)  # (num_samples, 1)
+        logits, ids = logits.topk(min(top_k, enc.n_vocab) if temperature else 1)  # (num_samples, top_k)
+        drawn = torch.multinomial(F.softmax(logits / (temperature or 1), dim=-1), 1, generator=generator)  # (num_samples, 1)
         idx = torch.cat((idx, ids.gather(1, drawn)), dim=1)  # (num_samples, T + 1)
         new = idx[:, -1:]  # (num_samples, 1)
+        if show:
+            print(decoder.decode(enc.decode_single_token_bytes(int(new[0]))), end="", flush=True)
         if idx.shape[1] > model.config.block_size:  # the oldest token drops out: the others move up, to other positions
             cache, new = {}, idx[:, -model.config.block_size :]
     return [enc.decode(row) for row in idx.tolist()]
@@ -295,7 +303,12 @@ class TrainConfig:
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
     timeout_minutes: float = 10.0  # how long processes wait for one that died or hangs
-    seed: int = 1337  # of the weights at the start, and of the data's order
+    seed: int = 1337  # of the weights at the start, of the data's order, and of --sample
+    sample: str = None  # don't train but continue this text, by log_dir's newest checkpoint or what init_from names
+    num_samples: int = 4  # how many continuations --sample writes
+    max_new_tokens: int = 256  # the tokens of each
+    temperature: float = 1.0  # below 1 --sample prefers likelier tokens, above 1 unlikelier ones; 0: always the likeliest
+    top_k: int = 50  # each token of --sample is one of so many of the likeliest
 
 
 LAPTOP = dict(model="laptop", batch_size=16, seq_len=32, total_batch_size=512, max_steps=2835, warmup_steps=45,
@@ -332,7 +345,7 @@ def parse_flags(argv=None):
 def check(cfg, world):
     """End the program where a setting of cfg, a filled one, can't work with world processes."""
     may_be_0 = ("warmup_steps", "weight_decay", "seed", "eval_interval", "hellaswag_interval", "sample_interval",
-                "checkpoint_interval", "checkpoint_minutes")
+                "checkpoint_interval", "checkpoint_minutes", "temperature")
     for f in fields(cfg):
         value, zero = getattr(cfg, f.name), f.name in may_be_0
         if f.type in (int, float) and not (0 < value < 2**63 or zero and value == 0):  # so that nan and inf fail too
@@ -451,6 +464,31 @@ def newest_checkpoint(folder):
     return None, None
 
 
+def load_model(name):
+    """Return the GPT that --init_from names. Ends the program, status 2, where there is no such thing."""
+    with or_fail(f"--init_from {name}"):
+        model = load_checkpoint(name)[0] if name.endswith(".pt") else GPT.from_pretrained(name)
+        if model.config.vocab_size < 50257:
+            raise ValueError(f"its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
+        return model
+
+
+def complete(cfg):
+    """Print continuations of cfg.sample, the first one as it comes. Ends the program, status 2, where cfg can't work."""
+    device, enc = pick_device(cfg.device), gpt2_encoding()
+    check(fill_defaults(replace(cfg, data="input.txt", compile=False), device), 1)
+    prepare(device)
+    model = newest_checkpoint(cfg.log_dir)[0] if cfg.init_from == "scratch" else load_model(cfg.init_from)
+    if model is None:
+        fail(f"--sample: {cfg.log_dir} holds no checkpoint; name one, or one of OpenAI's models, by --init_from")
+    T, longest = len(enc.encode(cfg.sample, allowed_special="all")), model.config.block_size
+    if not 0 < T <= longest:
+        fail(f"--sample: the text has {T} tokens, and the model takes 1 to {longest}")
+    texts = sample(model.to(device), enc, cfg.sample, cfg.num_samples, cfg.max_new_tokens, cfg.top_k, cfg.seed,
+                   cfg.temperature, show=True)
+    print("", *texts[1:], sep="\n---\n")
+
+
 def main(cfg):
     """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -487,13 +525,9 @@ def main(cfg):
         # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
         model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model]))
     elif not checkpoint:
-        with or_fail(f"--init_from {cfg.init_from}"):
-            from_file = cfg.init_from.endswith(".pt")
-            model = load_checkpoint(cfg.init_from)[0] if from_file else GPT.from_pretrained(cfg.init_from)
+        model = load_model(cfg.init_from)
     if cfg.seq_len > model.config.block_size:
         fail(f"--seq_len {cfg.seq_len} is over the model's block size, {model.config.block_size}")
-    if model.config.vocab_size < 50257:
-        fail(f"--init_from {cfg.init_from}: its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
     model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print0(f"parameters: {parameters:,}")
@@ -653,7 +687,8 @@ def main(cfg):
 
 if __name__ == "__main__":
     try:
-        main(parse_flags())
+        cfg = parse_flags()
+        (main if cfg.sample is None else complete)(cfg)
     except RuntimeError as e:  # both libraries name themselves in their errors
         if not re.search("gloo|nccl", str(e), re.I):
             raise

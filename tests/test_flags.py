@@ -5,7 +5,7 @@ import offline
 import pytest
 import torch
 
-from train_gpt2 import TrainConfig, main, parse_flags
+from train_gpt2 import TrainConfig, complete, main, parse_flags
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 TINY = ("--data", INPUT, "--model", "laptop", "--batch_size", "2", "--seq_len", "16", "--total_batch_size", "64",
@@ -91,6 +91,45 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, l
     assert end.value.code == 2
     assert err.startswith(f"train_gpt2.py: {line}") and err.count("\n") == 1
     assert "step" not in out and sorted(tmp_path.iterdir()) == before
+
+
+def test_sample(run, tmp_path):
+    offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=16)
+    flags = ["--sample", "Once upon a time", "--init_from", "small", "--device", "cpu", "--max_new_tokens", "20"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    texts = done.stdout.split("\n---\n")
+    assert len(set(texts)) == 4 and all(text.startswith("Once upon a time") for text in texts)
+    assert run(*flags, "--seed", "7", "--num_samples", "1").stdout[16:36] not in ("", done.stdout[16:36])
+    coldest = run(*flags, "--temperature", "0").stdout.rstrip("\n").split("\n---\n")
+    assert len(set(coldest)) == 1  # the likeliest each time
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]  # it leaves nothing behind
+
+
+def test_sample_by_the_newest_checkpoint(run):
+    run(*TINY, "--max_steps", "1", "--checkpoint_interval", "1")
+    done = run("--sample", "<|endoftext|>", "--max_new_tokens", "3", "--device", "cpu")
+    assert done.returncode == 0 and done.stdout.count("<|endoftext|>") >= 4, done.stderr
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--sample", ""], "--sample: the text has 0 tokens, and the model takes 1 to 16"),
+    (["--sample", "word " * 17], "--sample: the text has 18 tokens, and the model takes 1 to 16"),
+    (["--sample", "a", "--top_k", "0"], "--top_k 0 is not a number above 0"),
+    (["--sample", "a", "--temperature", "-1"], "--temperature -1.0 is not 0 or a number above it"),
+    (["--sample", "a", "--num_samples", "0"], "--num_samples 0 is not a number above 0"),
+    (["--sample", "a", "--init_from", "scratch"], "--sample: log holds no checkpoint; name one, or one of OpenAI's models, by "),
+    (["--sample", "a", "--init_from", "gpt2-huge"], "--init_from gpt2-huge: 'gpt2-huge' is neither a folder nor one of gpt2, "),
+])
+def test_what_cannot_be_sampled_is_one_line(tmp_path, monkeypatch, capsys, flags, line):
+    monkeypatch.chdir(tmp_path)
+    offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=16)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        complete(parse_flags(["--init_from", "small", "--device", "cpu", *flags]))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err.startswith(f"train_gpt2.py: {line}") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, line", [

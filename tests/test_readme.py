@@ -33,7 +33,7 @@ def test_the_files_it_shows_are_there():
 
 
 def test_the_program_is_short_enough_to_be_read():
-    assert len((ROOT / "train_gpt2.py").read_text(encoding="utf-8").splitlines()) < 650
+    assert len((ROOT / "train_gpt2.py").read_text(encoding="utf-8").splitlines()) < 700
 
 
 def test_every_test_it_points_at_is_there():
