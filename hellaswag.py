@@ -21,6 +21,7 @@ import urllib.request
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from fineweb import fail, gpt2_encoding, replacing
@@ -185,31 +186,61 @@ def render(example, enc):
     return tokens, mask
 
 
-@torch.no_grad()
-def score(model, enc, example, dtype="float32"):
-    """Return what each of example's endings costs model, in nats: (4,) float32 on the CPU, summed over its tokens.
+def pack(tokens, mask):
+    """Return an example that render rendered as one row: its context, and all four endings after it.
 
-    And, as (4,) too, how many tokens it has. dtype: bfloat16 for autocast, float32 for none.
+    Three (T,) int64: token ids, positions, and which part each token belongs to, 0 the context, 1 to 4 the endings.
+    """
+    start, lengths = int(mask[0].argmax()), mask.sum(1)  # of the endings
+    pos = torch.cat([torch.arange(start)] + [torch.arange(start, start + n) for n in lengths.tolist()])
+    part = torch.cat((torch.zeros(start, dtype=torch.int64), torch.arange(1, 5).repeat_interleave(lengths)))
+    return torch.cat((tokens[0, :start], tokens[mask.bool()])), pos, part
+
+
+@torch.no_grad()
+def score(model, packed):
+    """Return what each ending of N packed examples costs model, in nats: (N, 4) float32 on the CPU, summed over its tokens.
+
+    And, as (N, 4) too, how many tokens it has. An ending sees its context and itself, the other three aren't there for it.
     """
     device = next(model.parameters()).device
-    tokens, mask = (t.to(device) for t in render(example, enc))  # (4, T) each
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits, _ = model(tokens)  # (4, T, vocab_size)
+    tokens, pos, part = (pad_sequence(rows, batch_first=True, padding_value=fill).to(device)  # (N, T) each
+                         for rows, fill in zip(zip(*packed), (0, 0, 5)))
+    mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # (N, T, T)
+    row, t = ((part > 0) & (part < 5)).nonzero(as_tuple=True)  # (n,) each: the tokens of the endings
+    # the one before predicts it; before the first one of an ending that is the last one of the context
+    before = torch.where(part[row, t] == part[row, t - 1], t - 1, (part == 0).sum(1)[row] - 1)  # (n,)
+    logits, _ = model(tokens, at=(row, before), pos=pos, mask=mask[:, None])  # (n, vocab_size)
     # in float32, whatever the model ran in: bfloat16 would round each loss and their sum to three digits
-    rows, targets = logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()  # (4 * (T - 1), vocab_size)
-    losses = F.cross_entropy(rows, targets, reduction="none").view(4, -1)  # (4, T - 1)
-    return (losses * mask[:, 1:]).sum(1).cpu(), mask.sum(1).cpu()
+    losses = F.cross_entropy(logits.float(), tokens[row, t], reduction="none")  # (n,)
+    ending = 4 * row + part[row, t] - 1  # (n,)
+    sums = torch.zeros(4 * len(packed), device=device).index_add(0, ending, losses)
+    return sums.view(-1, 4).cpu(), ending.bincount(minlength=4 * len(packed)).view(-1, 4).cpu()
 
 
-def costs(model, enc, example, dtype="float32"):
-    """Return (3, 4) float32: what each of example's endings costs, as a whole, a token of it, and a character of it.
+def costs(model, enc, examples, dtype="float32", progress=False):
+    """Return (N, 3, 4) float32: what each of an example's endings costs, as a whole, a token of it, and a character of it.
 
     The cheapest is the model's answer. A long ending costs more as a whole and may still be right: a token's mean is
     what the curves of GPT-2 and GPT-3 show, a character's mean is what EleutherAI's harness calls acc_norm.
+    dtype: bfloat16 for autocast, float32 for none.
     """
-    sums, counts = score(model, enc, example, dtype)
-    characters = torch.tensor([len(ending) for ending in example["endings"]])
-    return torch.stack((sums, sums / counts, sums / characters))
+    device = next(model.parameters()).device
+    packed = [pack(*render(example, enc)) for example in examples]
+    by_length = sorted(range(len(packed)), key=lambda i: -len(packed[i][0]))  # so that little is filled up
+    result = torch.empty(len(examples), 3, 4)
+    # one context around all: autocast keeps the weights that it has cast until its end
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"), \
+            tqdm(total=len(examples), unit=" examples", disable=not progress) as bar:
+        while by_length:
+            # tokens at once: few enough for a CPU's cache, enough to keep a GPU busy
+            n = max(1, (2**11 if device.type == "cpu" else 2**12) // len(packed[by_length[0]][0]))
+            batch, by_length = by_length[:n], by_length[n:]
+            sums, counts = score(model, [packed[i] for i in batch])  # (n, 4) each
+            characters = torch.tensor([[len(ending) for ending in examples[i]["endings"]] for i in batch])
+            result[batch] = torch.stack((sums, sums / counts, sums / characters), dim=1)
+            bar.update(len(batch))
+    return result
 
 
 def count_right(model, enc, examples, dtype="float32", rank=0, world=1, show=0):
@@ -218,15 +249,15 @@ def count_right(model, enc, examples, dtype="float32", rank=0, world=1, show=0):
     The first `show` of them are printed with their costs a token.
     The examples are dealt out to the processes; the counts are of them all.
     """
-    right = torch.zeros(3, dtype=torch.int64, device=next(model.parameters()).device)
-    for number, example in enumerate(tqdm(examples[rank::world], unit=" examples", disable=not show)):
-        cost = costs(model, enc, example, dtype)
-        right += (cost.argmin(1) == example["label"]).to(right.device)
-        if number < show:
-            tqdm.write(f"\n{example['ctx']}")
-            for row, ending in enumerate(example["endings"]):
-                marks = ("*" if row == cost[1].argmin() else " ") + ("+" if row == example["label"] else " ")
-                tqdm.write(f"  {marks} {cost[1, row]:.4f}  {ending}")
+    mine = examples[rank::world]
+    cost = costs(model, enc, mine, dtype, progress=show)  # (N, 3, 4)
+    for example, prices in zip(mine[:show], cost[:, 1].tolist()):
+        print(f"\n{example['ctx']}")
+        for row, ending in enumerate(example["endings"]):
+            marks = ("*" if prices[row] == min(prices) else " ") + ("+" if row == example["label"] else " ")
+            print(f"  {marks} {prices[row]:.4f}  {ending}")
+    labels = torch.tensor([example["label"] for example in mine])
+    right = (cost.argmin(2) == labels[:, None]).sum(0).to(next(model.parameters()).device)  # (3,)
     if world > 1:
         dist.all_reduce(right)
     return right.tolist()

@@ -139,22 +139,25 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, cache=None, at=...):
+    def forward(self, idx, targets=None, cache=None, at=..., pos=None, mask=None):
         """Score every possible next token at every position.
 
         idx: token ids, (B, T), int64; targets: the ids that do come next, (B, T), int64.
         cache: a dict, empty at first; with it idx is what follows the idx of the calls before, which isn't computed again.
         at: an index into (B, T), by which only some positions are scored.
+        pos, mask: where each token stands, (B, T), and which others it sees, (B, 1, T, T), where idx isn't a plain text.
         Returns (logits, loss): logits (B, T, vocab_size); loss, in nats a token, is None without targets.
         Raises ValueError where a sequence is over block_size.
         """
         B, T = idx.shape
         past = next(iter(cache.values()))[0].shape[2] if cache else 0
-        if past + T > self.config.block_size:
-            raise ValueError(f"a sequence of {past + T} tokens is longer than block_size, {self.config.block_size}")
-        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past) if past else None  # (T, S)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd); every row gets the same positions
+        if (longest := past + T if pos is None else int(pos.max()) + 1) > self.config.block_size:
+            raise ValueError(f"a sequence of {longest} tokens is longer than block_size, {self.config.block_size}")
+        if pos is None:
+            pos = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if past:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)  # (T, S)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd)
         for block in self.transformer.h:
             x = block(x, cache, mask)
         logits = self.lm_head(self.transformer.ln_f(x)[at])  # (B, T, vocab_size), or what `at` leaves of (B, T)

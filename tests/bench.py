@@ -2,7 +2,8 @@
 
     python tests/bench.py            # GPT-2 (124M); a few minutes on two cores
     python tests/bench.py --quick    # a tiny model, once each: seconds; shows that it runs, not how fast
-    python tests/bench.py step       # one row (step, sample, start, memory, save)
+    python tests/bench.py hellaswag other.jsonl      # one row, of your own examples
+    python tests/bench.py step       # one row (step, hellaswag, sample, start, memory, save)
 
 Times are medians of three, start's of five; memory is looked at once.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -76,6 +78,36 @@ def step():
         ceiling = 20 * 2 * n * k * m / seconds(products)
         rates.append(flops / seconds(update) / ceiling)
     return statistics.median(rates)
+
+
+@torch.no_grad()
+def one_at_a_time(model, enc, example):
+    """Return an example's four mean losses as the lecture first computed them: four whole rows, every logit of each."""
+    tokens, mask = (t.to(DEVICE) for t in hellaswag.render(example, enc))  # (4, T)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=DTYPE == "bfloat16"):
+        logits, _ = model(tokens)  # (4, T, vocab_size)
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return ((losses.view(4, -1) * mask[:, 1:]).sum(1) / mask.sum(1)).cpu()
+
+
+def hellaswag_examples():
+    """HellaSwag's examples a second, against one example at a time."""
+    model, enc = make_model(), fineweb.gpt2_encoding()
+    data = [arg for arg in sys.argv if arg.endswith(".jsonl")] or [ROOT / "tests" / "hellaswag.jsonl"]
+    examples = hellaswag.read_examples(str(data[0]))[: 12 if QUICK else 300]
+    slow, fast = [], []
+    few = examples[:: 1 if QUICK else 5]  # of the slow way, each fifth
+
+    def slowly():
+        slow[:] = [one_at_a_time(model, enc, example) for example in few]
+
+    def quickly():
+        fast[:] = hellaswag.costs(model, enc, examples, DTYPE)[:, 1]
+
+    ratio = seconds(slowly) / len(few) / (seconds(quickly) / len(examples))
+    agree = [a.argmin() == b.argmin() for a, b in zip(slow, fast[:: 1 if QUICK else 5])]
+    print(f"in {DTYPE} {sum(agree)} of {len(agree)} predictions are those of the simple way")
+    return ratio
 
 
 @torch.no_grad()
@@ -146,7 +178,7 @@ def save():
         return blocked / seconds(write)
 
 
-ROWS = dict(step=step, sample=sampling, start=start, memory=memory, save=save)
+ROWS = dict(step=step, hellaswag=hellaswag_examples, sample=sampling, start=start, memory=memory, save=save)
 
 if __name__ == "__main__":
     hellaswag.prepare(DEVICE)

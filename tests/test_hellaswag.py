@@ -157,9 +157,8 @@ def model_and_theirs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def our_costs(model_and_theirs):
-    """Return [hellaswag.costs of each example]."""
-    enc = gpt2_encoding()
-    return [hellaswag.costs(model_and_theirs[0], enc, example) for example in hellaswag.read_examples(EXAMPLES)]
+    """Return hellaswag.costs of all examples: (200, 3, 4)."""
+    return hellaswag.costs(model_and_theirs[0], gpt2_encoding(), hellaswag.read_examples(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +193,19 @@ def test_padding_counts_for_nothing(model_and_theirs):
     assert gpt2_encoding().decode(tokens[1].tolist()) == "A man walks. He stops and looks around for a while."
 
 
+def test_all_endings_stand_in_one_row_after_their_context():
+    endings = ["He runs.", "He stops and looks around for a while.", "No.", "Yes."]
+    example = dict(ctx="A man walks.", endings=endings, label=0)
+    tokens, pos, part = hellaswag.pack(*hellaswag.render(example, gpt2_encoding()))
+    assert part.tolist() == [0] * 4 + [1] * 3 + [2] * 9 + [3] * 2 + [4] * 2
+    assert pos.tolist() == [*range(4), *range(4, 7), *range(4, 13), 4, 5, 4, 5]
+    assert gpt2_encoding().decode(tokens.tolist()) == "A man walks. " + " ".join(endings)
+
+
 def test_under_autocast_the_logits_are_summed_in_float32(model_and_theirs):
-    example = hellaswag.read_examples(EXAMPLES)[0]
-    exact, _ = hellaswag.score(model_and_theirs[0], gpt2_encoding(), example)
-    sums, _ = hellaswag.score(model_and_theirs[0], gpt2_encoding(), example, "bfloat16")
+    examples = hellaswag.read_examples(EXAMPLES)[:1]
+    exact = hellaswag.costs(model_and_theirs[0], gpt2_encoding(), examples)[:, 0]
+    sums = hellaswag.costs(model_and_theirs[0], gpt2_encoding(), examples, "bfloat16")[:, 0]
     assert sums.dtype == torch.float32 and not torch.equal(sums, exact)
     assert ((sums - exact) / exact).abs().max() < 0.01
     assert not torch.equal(sums, sums.bfloat16().float())  # finer than what bfloat16 can tell apart
@@ -214,8 +222,7 @@ def right_by_hugging_face(their_losses, n):
 
 
 def test_the_three_accuracies_are_hugging_faces(monkeypatch, model_and_theirs, our_costs, their_losses):
-    costs = iter(our_costs)
-    monkeypatch.setattr(hellaswag, "costs", lambda model, enc, example, dtype: next(costs))  # don't compute them again
+    monkeypatch.setattr(hellaswag, "costs", lambda *args, **kwargs: our_costs)  # don't compute them again
     right = hellaswag.count_right(model_and_theirs[0], gpt2_encoding(), hellaswag.read_examples(EXAMPLES))
     assert right == right_by_hugging_face(their_losses, 200)
     assert len(set(right)) == 3  # three different questions
