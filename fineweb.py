@@ -102,11 +102,19 @@ def start_worker(encoding):
         threading.Thread(target=outlive_nobody, daemon=True).start()
 
 
-def tokenize(text):
-    """Return the tokens of one document, (n,) uint16: <|endoftext|>, as something new begins, then the text's."""
-    if not isinstance(text, str):
-        raise ValueError(f"the text of a document is {text!r}")
-    return np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype=np.uint16)
+def tokenize(texts):
+    """Return the tokens of documents, end to end, (n,) uint16, and the end of each among them, (len(texts),) int64.
+
+    A document's are <|endoftext|>, as something new begins, and then the text's. Raises ValueError where one isn't a str.
+    """
+    if strange := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"the text of a document is {strange[0]!r}")
+    parts = [enc.encode_to_numpy(text, disallowed_special=()) for text in texts]  # no Python list of numbers between
+    ends = np.cumsum([1 + len(part) for part in parts])
+    tokens = np.full(ends[-1], enc.eot_token, dtype=np.uint16)
+    for part, end in zip(parts, ends):
+        tokens[end - len(part) : end] = part
+    return tokens, ends
 
 
 def cut(documents, shard_size, document=0, place=0):
@@ -393,12 +401,13 @@ def main(argv=None):
 
             def documents():
                 nonlocal count
-                rows = (row["text"] for row in dataset.skip(progress["document"]))
-                for tokens in pool.imap(tokenize, rows, chunksize=16):  # in this order
+                n = 1 if kinds == {".txt"} else 128  # a text file is one document, and may be a large one
+                texts = (rows["text"] for rows in dataset.skip(progress["document"]).iter(batch_size=n))
+                for tokens, ends in pool.imap(tokenize, texts):  # in this order
                     tokens = tokens[: args.max_tokens and args.max_tokens - count]
                     count += len(tokens)
                     bar.update(len(tokens))
-                    yield tokens
+                    yield from np.split(tokens, ends[:-1])
                     if count == args.max_tokens:
                         return
 

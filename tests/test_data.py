@@ -97,7 +97,7 @@ def test_processes_read_what_one_would_in_the_same_order():
 def write_shards(folder, documents=300, shard_size=3000):
     """Write documents as shards of shard_size tokens into folder; return the tokens to train on, one after another."""
     fineweb.start_worker(gpt2_encoding())
-    texts = [fineweb.tokenize(text) for text in hub.make_documents(documents)]
+    texts = [fineweb.tokenize([text])[0] for text in hub.make_documents(documents)]
     folder.mkdir()
     for i, (shard, _, _) in enumerate(fineweb.cut(texts, shard_size)):
         fineweb.write_shard(folder, i, shard)

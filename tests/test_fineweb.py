@@ -50,6 +50,15 @@ def hub_environment(tmp_path_factory):
     return hub.environment(tmp_path_factory.mktemp("hub"))
 
 
+def test_documents_are_tokenised_as_tiktoken_does():
+    fineweb.start_worker(gpt2_encoding())
+    texts = hub.make_documents(50) + ["", "<|endoftext|>", "naïve 東京"]
+    tokens, ends = fineweb.tokenize(texts)
+    assert tokens.dtype == np.uint16 and ends[-1] == len(tokens)
+    for text, document in zip(texts, np.split(tokens, ends[:-1]), strict=True):
+        assert document.tolist() == [50256, *gpt2_encoding().encode_ordinary(text)]
+
+
 @pytest.mark.parametrize("flags, status", [("'--help'", 0), ("'--workers', '0'", 2)])
 def test_help_and_a_wrong_flag_wait_for_no_torch(flags, status):
     script = f"import sys; sys.modules['torch'] = None; import fineweb; fineweb.main([{flags}])"  # to import it would fail

@@ -266,7 +266,7 @@ def resume_each(capsys, settings, steps):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_resume_over_shards(capsys, shuffle):
     fineweb.start_worker(gpt2_encoding())
-    texts = [fineweb.tokenize(text) for text in hub.make_documents(20)]
+    texts = [fineweb.tokenize([text])[0] for text in hub.make_documents(20)]
     os.mkdir("shards")
     for i, (shard, _, _) in enumerate(fineweb.cut(texts, 300)):
         fineweb.write_shard("shards", i, shard)
