@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fineweb import fail, gpt2_encoding, replacing
+from fineweb import fail, gpt2_encoding, print0, replacing
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
@@ -55,6 +55,18 @@ def has_bfloat16(device):
         return torch.backends.mps.is_macos_or_newer(14, 0)
     features = torch.cpu.get_capabilities()
     return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
+def can_compile(device):
+    """Tell whether torch.compile works on device, by a trial: a CPU needs a C++ compiler, a GPU Triton."""
+    if device.type not in ("cuda", "cpu"):
+        return False
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except Exception as e:  # whatever: each thing that can be missing shows in a way of its own
+        print0(f"torch.compile doesn't work here, so the model runs without it: {(str(e) or repr(e)).splitlines()[0]}")
+        return False
+    return True
 
 
 def prepare(device):

@@ -21,7 +21,6 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -34,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 from fineweb import SHARDS, fail, gpt2_encoding, load_data, or_fail, print0, replacing
-from hellaswag import has_bfloat16, pick_device, prepare
+from hellaswag import can_compile, has_bfloat16, pick_device, prepare
 
 # -----------------------------------------------------------------------------
 # The model
@@ -304,7 +303,7 @@ class TrainConfig:
     resume: bool = False  # go on from log_dir's newest checkpoint, with its settings but for those given
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
-    compile: bool = None  # run the model through torch.compile; the default on CUDA, where it can be
+    compile: bool = None  # run the model through torch.compile; the default on cuda and cpu, where it works
     timeout_minutes: float = 10.0  # how long processes wait for one that died or hangs
     seed: int = 1337  # of the weights at the start, of the data's order, and of --sample
     sample: str = None  # don't train but continue this text, by log_dir's newest checkpoint or what init_from names
@@ -328,9 +327,8 @@ def fill_defaults(cfg, device):
         cfg = replace(cfg, data=SHARDS if os.path.exists(f"{SHARDS}/edufineweb_train_000001.npy") else "input.txt")
         print0(f"data: {cfg.data}" + (f" ({SHARDS} isn't there; python fineweb.py makes it)" * (cfg.data != SHARDS)))
     row = LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP
-    # compiling for a GPU takes Triton, which PyTorch lacks on Windows and which wants a V100 or later
-    triton = device.type == "cuda" and find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
-    row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32", compile=bool(triton))
+    cfg = replace(cfg, compile=cfg.compile is not False and can_compile(device))
+    row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32")
     return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
 

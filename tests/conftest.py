@@ -19,6 +19,8 @@ def pytest_addoption(parser):
     parser.addoption("--history", action="store_true", help="replay every step of the history, and nothing else")
 
 
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the compiler; tests that are about it turn it on
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run side by side, so each gets along with one thread
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -45,6 +47,12 @@ def run(tmp_path):
         command = (sys.executable, str(ROOT / "train_gpt2.py"), *map(str, args))
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, **kwargs)
     return run
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Let torch.compile compile, in this process and those that it starts."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
 
 
 @pytest.fixture(autouse=True)

@@ -55,10 +55,27 @@ def test_bfloat16_on_a_cpu_only_in_hardware(monkeypatch, features, answer):
     assert by_hand.dtype == "float32"
 
 
-@pytest.mark.parametrize("triton, capability, answer", [(True, (8, 0), True), (None, (8, 0), False), (True, (6, 1), False)])
-def test_compile_is_the_default_only_where_it_can_work(monkeypatch, triton, capability, answer):
-    monkeypatch.setattr(train_gpt2, "find_spec", lambda name: triton)
+@pytest.mark.parametrize("kind, works, answer", [("cpu", True, True), ("cpu", False, False), ("cuda", True, True),
+                                                 ("cuda", False, False), ("mps", True, False)])
+def test_compile_is_the_default_only_where_it_works(monkeypatch, capsys, kind, works, answer):
+    def compile(function):
+        if not works:
+            raise RuntimeError("no compiler found\nand much more")
+        return lambda x: None
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "ones", lambda *args, **kwargs: None)  # on a GPU that isn't there
     monkeypatch.setattr(train_gpt2, "has_bfloat16", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert train_gpt2.fill_defaults(train_gpt2.TrainConfig(), torch.device("cuda")).compile is answer
-    assert train_gpt2.fill_defaults(train_gpt2.TrainConfig(), torch.device("cpu")).compile is False
+    assert train_gpt2.fill_defaults(train_gpt2.TrainConfig(data=INPUT), torch.device(kind)).compile is answer
+    line = "torch.compile doesn't work here, so the model runs without it: no compiler found\n"
+    assert capsys.readouterr().out == (line if not works else "")
+    by_hand = train_gpt2.fill_defaults(train_gpt2.TrainConfig(data=INPUT, compile=False), torch.device(kind))
+    assert by_hand.compile is False
+
+
+def test_without_a_compiler_it_trains_all_the_same(run, compiler, tmp_path):
+    alone = dict(os.environ, PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), CXX="")
+    done = run("--data", INPUT, "--device", "cpu", "--batch_size", "1", "--seq_len", "8", "--total_batch_size", "8", "--max_steps", "1",
+               "--eval_interval", "0", "--sample_interval", "0", "--checkpoint_interval", "0", env=alone)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torch.compile doesn't work here") == 1 and "step     0 | loss: " in done.stdout

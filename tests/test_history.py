@@ -63,6 +63,7 @@ def run_until(command, regex, cwd, limit, inductor_cache):
     argv, extra = offline(command)
     env = dict(os.environ, PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(inductor_cache), **extra)
     env["CUDA_VISIBLE_DEVICES"] = ""  # the messages say what a CPU prints
+    env.pop("TORCHDYNAMO_DISABLE", None)  # which is for the other tests
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]  # python means this one
     process = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)

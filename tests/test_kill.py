@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 context = multiprocessing.get_context("forkserver")  # a process that has imported torch, and forks those that train
 context.set_forkserver_preload(["train_gpt2"])
-FLAGS = "--data text.txt --model laptop --batch_size 2 --seq_len 16 --total_batch_size 64 --max_steps 16 --max_lr 1e-2 " \
+FLAGS = "--data text.txt --no-compile --model laptop --batch_size 2 --seq_len 16 --total_batch_size 64 --max_steps 16 --max_lr 1e-2 " \
         "--warmup_steps 2 --dtype float32 --device cpu --eval_interval 4 --val_tokens 200 --sample_interval 0 " \
         "--checkpoint_interval 4"
 

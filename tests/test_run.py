@@ -112,7 +112,7 @@ def test_val_tokens_limits_the_measurement(capsys):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_evaluation_and_samples_change_nothing(capsys, compile):
+def test_evaluation_and_samples_change_nothing(capsys, compiler, compile):
     model, out = train(capsys, compile=compile)
     other, with_all = train(capsys, compile=compile, eval_interval=1, sample_interval=1)
     assert losses(with_all) == losses(out) and len(losses(out)) == 6
@@ -141,6 +141,17 @@ def test_hellaswag_in_a_run(capsys):
     right = hellaswag.count_right(model, gpt2_encoding(), examples)[1]
     assert (int(found[2][1]), float(found[2][2])) == (right, round(right / 20, 4))
     assert losses(with_hellaswag) == losses(out)
+
+
+def test_no_evaluation_makes_it_compile_again(capsys, compiler):
+    from torch._dynamo.utils import counters
+
+    with open(EXAMPLES, encoding="utf-8") as source, open("hellaswag_val.jsonl", "w", encoding="utf-8") as f:
+        f.writelines(source.readlines()[:3])
+    torch._dynamo.reset()
+    counters.clear()
+    train(capsys, compile=True, max_steps=3, eval_interval=1, hellaswag_interval=1, sample_interval=1, checkpoint_interval=1)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["recompiles"]  # can_compile's trial; the model
 
 
 def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(capsys, monkeypatch):
@@ -278,7 +289,7 @@ def test_resume_over_shards(capsys, shuffle):
     resume_each(capsys, dict(data="shards", shuffle=shuffle, max_steps=per_epoch + 4), [2, 5, per_epoch - 1, per_epoch, per_epoch + 1])
 
 
-def test_resume_compiled(capsys):
+def test_resume_compiled(capsys, compiler):
     resume_each(capsys, dict(compile=True), [3])
 
 

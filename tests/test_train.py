@@ -62,7 +62,7 @@ def test_bfloat16_trains_like_float32(capsys):
     assert all(p.dtype == torch.float32 for p in model.parameters())  # only products are rounded
 
 
-def test_compiled_losses_equal_eager_ones_and_repeat(capsys):
+def test_compiled_losses_equal_eager_ones_and_repeat(capsys, compiler):
     model, eager, _ = train(capsys)
     compiled_model, compiled, _ = train(capsys, compile=True)
     assert max(abs(a - b) for a, b in zip(eager, compiled)) < 1e-3
