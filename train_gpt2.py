@@ -397,7 +397,9 @@ def accumulate_gradients(model, loader, micro_steps, dtype):
     device = next(model.parameters()).device
     mean_loss = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
-        x, y = loader.next_batch()
+        x, y = loader.next_batch()  # a GPU is still busy with the one before
+        if device.type == "cuda":  # from pinned memory it fetches them by itself, while we go on
+            x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
         if isinstance(model, DDP):  # exchange gradients once, after the last one; forward already reads this
             model.require_backward_grad_sync = micro_step == micro_steps - 1
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -534,7 +536,7 @@ def main(cfg):
     print0(f"parameters: {parameters:,}")
     train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
     if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
-        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
+        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     enc = gpt2_encoding()
     with or_fail(f"--data {cfg.data}"):
         tokens, val = load_data(cfg.data, enc)
@@ -548,7 +550,7 @@ def main(cfg):
     c = model.config
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
     flops = 6 * matrices + 12 * c.n_layer * c.n_embd * T  # a token, there and back (PaLM's paper, appendix B)
-    state = (16 + 4 * (world > 1)) * parameters  # bytes: weights, gradients, AdamW's two averages; DDP's buckets
+    state = 16 * parameters  # bytes: weights, gradients (in DDP's buckets), AdamW's two averages
     # what a layer keeps for backward, counted on a CPU; and logits, their softmax and its gradient, 4 bytes each
     activations = B * T * ((40 if cfg.dtype == "bfloat16" else 65) * c.n_layer * c.n_embd + 12 * c.vocab_size)
     total = cfg.max_steps * cfg.total_batch_size
@@ -650,19 +652,18 @@ def main(cfg):
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad()  # backward adds to what is there
+        optimizer.zero_grad(set_to_none=world == 1)  # backward adds to what is there; DDP keeps its buckets
         loss = accumulate_gradients(train_model, loader, grad_accum_steps, cfg.dtype)
         means = torch.stack((loss, torch.full_like(loss, bool(asked))))  # (2,)
         if world > 1:  # each process has the mean of its own losses, and was asked to stop or wasn't
             dist.all_reduce(means)
             means /= world
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()  # returns the norm before the cut
-        loss, stopping = means.tolist()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)  # returns the norm before the cut
+        loss, stopping, norm = torch.cat((means, norm[None])).tolist()  # a GPU only queues work: here we wait for it
         good = math.isfinite(loss) and math.isfinite(norm)  # the same in all processes: both are of the mean
         if good:  # what isn't a number would make every weight one that isn't, for good
             optimizer.step()
         skipped = 0 if good else skipped + 1
-        torch.get_device_module(device).synchronize()  # a GPU only queues work: wait until it is done
         dt = time.perf_counter() - t0  # seconds
         print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
                f"tok/sec: {cfg.total_batch_size / dt:.2f}" + (not good) * f" | skipped, {skipped} in a row")

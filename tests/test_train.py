@@ -55,6 +55,15 @@ def test_the_step_is_timed(capsys):
         assert abs(float(tok_per_sec) * float(dt) / 1000 / 128 - 1) < 0.01
 
 
+def test_a_step_waits_once(capsys, monkeypatch):
+    waits = []  # on a GPU each of these would wait for all that is queued
+    for name in ("item", "tolist", "cpu", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, name=name, real=getattr(torch.Tensor, name): (
+            waits.append(name), real(*args))[1])
+    train(capsys, max_steps=3)
+    assert waits.count("tolist") == 3 and len(waits) == 3, waits
+
+
 def test_bfloat16_trains_like_float32(capsys):
     _, exact, _ = train(capsys, max_steps=5)
     model, rounded, _ = train(capsys, max_steps=5, dtype="bfloat16")
