@@ -218,7 +218,7 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
     if show:
         print(prompt, end="", flush=True)
     cache, new = {}, idx[:, -model.config.block_size :]
-    for _ in range(max_new_tokens):
+    for n in range(1, max_new_tokens + 1):
         logits, _ = model(new, cache=cache, at=np.s_[:, -1])
         logits = logits[:, : enc.n_vocab]  # (num_samples, 50257): without the padding
         logits, ids = logits.topk(min(top_k, enc.n_vocab) if temperature else 1)  # (num_samples, top_k)
@@ -226,7 +226,7 @@ def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=
         idx = torch.cat((idx, ids.gather(1, drawn)), dim=1)  # (num_samples, T + 1)
         new = idx[:, -1:]  # (num_samples, 1)
         if show:
-            print(decoder.decode(enc.decode_single_token_bytes(int(new[0]))), end="", flush=True)
+            print(decoder.decode(enc.decode_single_token_bytes(int(new[0])), n == max_new_tokens), end="", flush=True)
         if idx.shape[1] > model.config.block_size:  # the oldest token drops out: the others move up, to other positions
             cache, new = {}, idx[:, -model.config.block_size :]
     return [enc.decode(row) for row in idx.tolist()]

@@ -50,6 +50,12 @@ def test_greedy_takes_the_likeliest_and_old_tokens_drop_out(enc):
     assert model.longest == 8  # never more than block_size, though 21 tokens were made
 
 
+def test_what_is_shown_is_what_is_returned(enc, capsys):
+    for number in range(30, 40):  # after "~", token 93, come the single bytes, and some of them begin a letter
+        text, = sample(Rigged(), enc, "~", num_samples=1, max_new_tokens=number, top_k=1, show=True)
+        assert capsys.readouterr().out == text
+
+
 def test_only_the_top_k_are_drawn_and_all_of_them(enc):
     start = enc.encode(" a")[0]
     texts = sample(Rigged(), enc, " a", num_samples=400, max_new_tokens=1, top_k=5)
