@@ -5,7 +5,8 @@
     python tests/bench.py hellaswag other.jsonl      # one row, of your own examples
     python tests/bench.py step       # one row (step, hellaswag, sample, tokens, start, memory, save)
 
-Times are medians of three, start's of five; memory is looked at once.
+A ratio is the median of three, start's of five; memory is looked at once. Below the step's stand what each part of it
+won, and what its time is spent on.
 """
 import re
 import statistics
@@ -30,17 +31,28 @@ QUICK = "--quick" in sys.argv
 DEVICE = hellaswag.pick_device()
 DTYPE = "bfloat16" if hellaswag.has_bfloat16(DEVICE) else "float32"
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32) if QUICK else train_gpt2.SIZES["gpt2"]
+PARTS = {  # of a step, by what PyTorch calls its operations; the first pattern that fits counts
+    "matrix products": r"^aten::(mm|addmm)$|gemm",
+    "attention": "scaled_dot_product|flash",
+    "AdamW": "adam",
+    "logits' losses and their gradient": "softmax|nll_loss",
+    "GELU": "gelu",
+    "LayerNorm, residual stream": "layer_norm",
+    "casts, copies, sums, the gradient's norm, Python": "",
+}
 
 
-def seconds(work, times=1 if QUICK else 3):
-    """Return how long work() takes, the median of so many times."""
-    taken = []
-    for _ in range(times):
-        t0 = time.perf_counter()
-        work()
-        torch.get_device_module(DEVICE).synchronize()
-        taken.append(time.perf_counter() - t0)
-    return statistics.median(taken)
+def seconds(work):
+    """Return how long work() takes."""
+    t0 = time.perf_counter()
+    work()
+    torch.get_device_module(DEVICE).synchronize()
+    return time.perf_counter() - t0
+
+
+def ratio(a, b, times=1 if QUICK else 3):
+    """Return how many times b()'s time a() takes, the median of so many; they take turns, as a machine's pace changes."""
+    return statistics.median(seconds(a) / seconds(b) for _ in range(times))
 
 
 def make_model():
@@ -61,8 +73,7 @@ def step():
     model = make_model()
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
     flops = B * T * (6 * matrices + 12 * model.config.n_layer * model.config.n_embd * T)
-    train_model = torch.compile(model) if not QUICK and hellaswag.can_compile(DEVICE) else model
-    optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
+    train_model, optimizer = model, torch.optim.AdamW(model.parameters(), 6e-4, fused=False)
     tokens = np.random.default_rng(0).integers(50257, size=50 * B * T, dtype=np.uint16)
     loader = train_gpt2.DataLoaderLite(tokens, B, T, B * T)
 
@@ -72,13 +83,33 @@ def step():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    seconds(update, 2)  # compiles
-    seconds(products)
-    rates = []
-    for _ in range(1 if QUICK else 3):  # in turns: a machine's pace changes
-        ceiling = 20 * 2 * n * k * m / seconds(products)
-        rates.append(flops / seconds(update) / ceiling)
-    return statistics.median(rates)
+    def share(what):
+        update()  # compiles
+        update()
+        result = flops / (20 * 2 * n * k * m) * ratio(products, update)
+        print(f"{result:8.2f}  {what}")
+        return result
+
+    products()
+    share("eager, AdamW as PyTorch has it")
+    optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
+    share("AdamW fused")
+    hellaswag.prepare(DEVICE)
+    result = share("on a CPU, the C library keeps freed memory")
+    if not QUICK and hellaswag.can_compile(DEVICE):
+        torch._inductor.config.cpp.enable_kernel_profile = True  # so that what it compiles has names below
+        train_model = torch.compile(model)
+        result = share("compiled")
+    with torch.profiler.profile() as profile:
+        for _ in range(1 if QUICK else 3):
+            update()
+    shares = dict.fromkeys(PARTS, 0)
+    for event in profile.key_averages():
+        took = event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
+        shares[next(part for part, pattern in PARTS.items() if re.search(pattern, event.key))] += took
+    for part, took in shares.items():
+        print(f"{100 * took / sum(shares.values()):7.1f}%  of the step's time: {part}")
+    return result
 
 
 @torch.no_grad()
@@ -105,10 +136,10 @@ def hellaswag_examples():
     def quickly():
         fast[:] = hellaswag.costs(model, enc, examples, DTYPE)[:, 1]
 
-    ratio = seconds(slowly) / len(few) / (seconds(quickly) / len(examples))
+    result = len(examples) / len(few) * ratio(slowly, quickly)
     agree = [a.argmin() == b.argmin() for a, b in zip(slow, fast[:: 1 if QUICK else 5])]
     print(f"in {DTYPE} {sum(agree)} of {len(agree)} predictions are those of the simple way")
-    return ratio
+    return result
 
 
 @torch.no_grad()
@@ -123,7 +154,7 @@ def sampling():
             logits[:, -1, : enc.n_vocab].topk(50)
 
     prompt = "Hello, I'm a language model,"  # 8 tokens
-    return 8 * seconds(recompute) / seconds(lambda: train_gpt2.sample(model, enc, prompt, max_new_tokens=longest - 8))
+    return 8 * ratio(recompute, lambda: train_gpt2.sample(model, enc, prompt, max_new_tokens=longest - 8))
 
 
 def tokenising():
@@ -134,17 +165,20 @@ def tokenising():
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
     texts = [text[997 * i % (len(text) - 3000) :][:3000] for i in range(200 if QUICK else 40_000)]
     enc = fineweb.gpt2_encoding()
-    few = texts[: 100 if QUICK else 2000]
-    alone = seconds(lambda: [enc.encode_ordinary(text) for text in few]) / len(few)
+    few = texts[: 100 if QUICK else 4000]
     with tempfile.TemporaryDirectory() as folder:
         parquet.write_table(pyarrow.table(dict(text=texts)), f"{folder}/a.parquet", row_group_size=1000)
         numbers = iter(range(9))
+
+        def alone():
+            for text in few:
+                enc.encode_ordinary(text)
 
         def work():
             flags = ["--files", f"{folder}/a.parquet", "--workers", "2", "--shard_size", "50000" if QUICK else "5000000"]
             fineweb.main([*flags, "--stream", "--out", f"{folder}/{next(numbers)}"])
 
-        return alone / 2 / (seconds(work) / len(texts))
+        return len(texts) / len(few) / 2 * ratio(alone, work)
 
 
 def start():
@@ -155,10 +189,9 @@ def start():
         process.kill()
         process.communicate()
 
-    times = 1 if QUICK else 5
-    first_line("-c", "import torch")  # into the page cache
-    torch_alone = seconds(lambda: first_line("-c", "import torch; print()"), times)
-    return seconds(lambda: first_line("train_gpt2.py", "--help"), times) / torch_alone
+    first_line("train_gpt2.py", "--help")  # into the page cache
+    return ratio(lambda: first_line("train_gpt2.py", "--help"), lambda: first_line("-c", "import torch; print()"),
+                 1 if QUICK else 5)
 
 
 def memory():
@@ -190,23 +223,26 @@ def save():
             with fineweb.replacing(f"{folder}/a") as f:
                 torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), f)
 
-        blocked = seconds(checkpoint)
+        checkpoint()
         data = Path(f"{folder}/a").read_bytes()
 
         def write():
             with fineweb.replacing(f"{folder}/b") as f:
                 f.write(data)
 
-        return blocked / seconds(write)
+        return ratio(checkpoint, write)
 
 
 ROWS = dict(step=step, hellaswag=hellaswag_examples, sample=sampling, tokens=tokenising, start=start, memory=memory, save=save)
 
 if __name__ == "__main__":
-    hellaswag.prepare(DEVICE)
     here = [name for name in ROWS if name != "memory" or sys.platform == "linux"]  # it asks /proc
     wanted = [name for name in here if name in sys.argv] or here
-    table = [(name, ROWS[name]()) for name in wanted]
+    table = []
+    for name in wanted:
+        if name != "step":  # which first measures what this is good for
+            hellaswag.prepare(DEVICE)
+        table.append((name, ROWS[name]()))
     print(f"\n{DEVICE.type}, {torch.get_num_threads()} threads, {DTYPE}")
-    for name, ratio in table:
-        print(f"{ratio:8.2f}  {name:10s} {ROWS[name].__doc__}")
+    for name, result in table:
+        print(f"{result:8.2f}  {name:10s} {ROWS[name].__doc__}")
