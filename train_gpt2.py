@@ -327,7 +327,6 @@ def fill_defaults(cfg, device):
         cfg = replace(cfg, data=SHARDS if os.path.exists(f"{SHARDS}/edufineweb_train_000001.npy") else "input.txt")
         print0(f"data: {cfg.data}" + (f" ({SHARDS} isn't there; python fineweb.py makes it)" * (cfg.data != SHARDS)))
     row = LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP
-    cfg = replace(cfg, compile=cfg.compile is not False and can_compile(device))
     row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32")
     return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
@@ -479,7 +478,7 @@ def load_model(name):
 def complete(cfg):
     """Print continuations of cfg.sample, the first one as it comes. Ends the program, status 2, where cfg can't work."""
     device, enc = pick_device(cfg.device), gpt2_encoding()
-    check(fill_defaults(replace(cfg, data="input.txt", compile=False), device), 1)
+    check(fill_defaults(replace(cfg, data="input.txt"), device), 1)
     prepare(device)
     model = newest_checkpoint(cfg.log_dir)[0] if cfg.init_from == "scratch" else load_model(cfg.init_from)
     if model is None:
@@ -521,8 +520,6 @@ def main(cfg):
         dist.all_gather_object(found := [None] * world, done)
         if len(set(found)) > 1:
             fail(f"--resume: the processes find different checkpoints, after {found} updates; share {cfg.log_dir} among them")
-    print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
-           f"autocast: {cfg.dtype}, compile: {cfg.compile}")
     torch.manual_seed(cfg.seed)
     if cfg.init_from == "scratch" and not checkpoint:
         # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
@@ -534,9 +531,6 @@ def main(cfg):
     model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print0(f"parameters: {parameters:,}")
-    train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
-    if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
-        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     enc = gpt2_encoding()
     with or_fail(f"--data {cfg.data}"):
         tokens, val = load_data(cfg.data, enc)
@@ -599,6 +593,12 @@ def main(cfg):
             os.makedirs(folder)
             print(f"{cfg.log_dir} held an earlier run, which is in {older} now")
         log = open(log_path if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8", newline="\n")
+    cfg = replace(cfg, compile=cfg.compile is not False and can_compile(device))  # so late, as the trial takes seconds
+    print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
+           f"autocast: {cfg.dtype}, compile: {cfg.compile}")
+    train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
+    if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
+        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
     evaluated = done if checkpoint and checkpoint["evaluated"] else -1  # the step at which all that was due is done

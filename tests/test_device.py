@@ -37,9 +37,10 @@ def test_tf32_is_switched_on(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_float32_matmul_precision("highest")
     cfg = dict(data=INPUT, model="laptop", batch_size=1, seq_len=8, total_batch_size=8, max_steps=1, eval_interval=0,
-               sample_interval=0, checkpoint_interval=0)
+               sample_interval=0, checkpoint_interval=0, compile=False)
     train_gpt2.main(train_gpt2.TrainConfig(**cfg))
     assert torch.get_float32_matmul_precision() == "high"
+    assert "float32 products: high, " in (out := capsys.readouterr().out) and "compile: False\n" in out
     torch.set_float32_matmul_precision("highest")
 
 
@@ -65,12 +66,9 @@ def test_compile_is_the_default_only_where_it_works(monkeypatch, capsys, kind, w
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch, "ones", lambda *args, **kwargs: None)  # on a GPU that isn't there
-    monkeypatch.setattr(train_gpt2, "has_bfloat16", lambda device: True)
-    assert train_gpt2.fill_defaults(train_gpt2.TrainConfig(data=INPUT), torch.device(kind)).compile is answer
+    assert hellaswag.can_compile(torch.device(kind)) is answer
     line = "torch.compile doesn't work here, so the model runs without it: no compiler found\n"
     assert capsys.readouterr().out == (line if not works else "")
-    by_hand = train_gpt2.fill_defaults(train_gpt2.TrainConfig(data=INPUT, compile=False), torch.device(kind))
-    assert by_hand.compile is False
 
 
 def test_without_a_compiler_it_trains_all_the_same(run, compiler, tmp_path):

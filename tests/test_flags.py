@@ -75,6 +75,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, l
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("train_gpt2.can_compile", lambda device: pytest.fail("it waits for the compiler first"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("To be or")
     (tmp_path / "hollow").mkdir()

@@ -261,7 +261,7 @@ def resume_each(capsys, settings, steps):
                 os.remove(f"log/{name}")
         capsys.readouterr()
         resumed = main(TrainConfig(resume=True))
-        out = re.sub(r"dt: .*|at this pace.*\n", "", capsys.readouterr().out)
+        out = re.sub(r"dt: .*|(at this pace|device:).*\n", "", capsys.readouterr().out)
         assert open("log/log.txt").read() == open("whole/log.txt").read()
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
         assert f"going on from log/model_{k:05d}.pt: {k} of {last['step']} updates are done\n" in out
