@@ -75,15 +75,18 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        qkv = self.c_attn(x)  # (B, T, 3 * C)
+        if torch.is_autocast_enabled("cpu"):  # PyTorch's kernel for CPUs is slow in bfloat16, above all on the way back
+            qkv = qkv.float()
         # a head is a slice of the width; moved before T, it is one more batch dimension
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in qkv)  # (B, nh, T, hs) each
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in qkv.split(C, dim=2))  # (B, nh, T, hs) each
         if cache is not None:  # keys and values of the S - T tokens before these don't change any more
             if self in cache:
                 k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache[self], (k, v)))  # (B, nh, S, hs) each
             cache[self] = k, v
         # softmax(q k^T / sqrt(hs)) v with the future masked, in tiles: the (T, T) scores never reach memory
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
+        with torch.autocast(x.device.type, enabled=False):  # in the type that q, k and v have
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 
@@ -529,8 +532,7 @@ def main(cfg):
     if cfg.seq_len > model.config.block_size:
         fail(f"--seq_len {cfg.seq_len} is over the model's block size, {model.config.block_size}")
     model.to(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    print0(f"parameters: {parameters:,}")
+    print0(f"parameters: {(parameters := sum(p.numel() for p in model.parameters())):,}")
     enc = gpt2_encoding()
     with or_fail(f"--data {cfg.data}"):
         tokens, val = load_data(cfg.data, enc)
@@ -675,7 +677,6 @@ def main(cfg):
             fail(f"step {step}: loss or gradient was no finite number 5 times in a row, last in "
                  f"{tokens.where(loader.start(loader.position // loader.T - 1))}; the weights are those of step {step - 4}. "
                  "A lower --max_lr may help, or another --seed")
-
     log.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)

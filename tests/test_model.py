@@ -137,3 +137,13 @@ def test_flash_attention_is_attention():
     y = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1) @ v
     y = layer.c_proj(y.transpose(1, 2).reshape(2, 16, 32))
     assert torch.allclose(layer(x), y, atol=1e-6)
+
+
+def test_attention_on_a_cpu_is_float32s():
+    torch.manual_seed(0)
+    attn, x = CausalSelfAttention(GPTConfig(n_head=2, n_embd=16)), torch.randn(3, 8, 16)
+    attn.c_proj = torch.nn.Identity()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, qkv = attn(x), attn.c_attn(x)  # (3, 8, 16), (3, 8, 48)
+    q, k, v = qkv.float().view(3, 8, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (3, 2, 8, 8) each
+    assert torch.equal(y, F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(3, 8, 16))
