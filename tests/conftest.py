@@ -1,5 +1,6 @@
 """pytest's set-up: --history, and a short way to run train_gpt2.py."""
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fineweb
+
 ROOT = Path(__file__).resolve().parent.parent
+fineweb.gpt2_encoding = functools.cache(fineweb.gpt2_encoding)  # each test in this process would read it again
 
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # tests in this process: half the time
     libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc keeps large blocks, where each new one would come from the system,

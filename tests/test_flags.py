@@ -34,14 +34,15 @@ def test_flags_reach_the_run(run):
     assert done.stdout.count("| loss: ") == 3 and "lr 2.0000e-03" in done.stdout
 
 
-def test_init_from_a_folder(run, tmp_path):
+def test_init_from_a_folder(run, tmp_path, monkeypatch, capsys):
     offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=64)
     done = run(*TINY, "--init_from", "small", "--max_steps", "1", "--no-shuffle")
     assert done.returncode == 0, done.stderr
     assert f"parameters: {50257 * 32 + 64 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32:,}\n" in done.stdout
-    again = run(*TINY, "--init_from", "small", "--max_steps", "1", "--no-shuffle", "--seed", "7",
-                "--log_dir", "log2")
-    assert again.stdout.split("dt:")[0] == done.stdout.split("dt:")[0]  # nothing of it is random
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    main(parse_flags([*TINY, "--init_from", "small", "--max_steps", "1", "--no-shuffle", "--seed", "7", "--log_dir", "log2"]))
+    assert capsys.readouterr().out.split("dt:")[0] == done.stdout.split("dt:")[0]  # nothing of it is random
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -94,16 +95,20 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, l
     assert "step" not in out and sorted(tmp_path.iterdir()) == before
 
 
-def test_sample(run, tmp_path):
+def test_sample(run, tmp_path, monkeypatch, capsys):
     offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=16)
     flags = ["--sample", "Once upon a time", "--init_from", "small", "--device", "cpu", "--max_new_tokens", "20"]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
     texts = done.stdout.split("\n---\n")
     assert len(set(texts)) == 4 and all(text.startswith("Once upon a time") for text in texts)
-    assert run(*flags, "--seed", "7", "--num_samples", "1").stdout[16:36] not in ("", done.stdout[16:36])
-    coldest = run(*flags, "--temperature", "0").stdout.rstrip("\n").split("\n---\n")
-    assert len(set(coldest)) == 1  # the likeliest each time
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    complete(parse_flags([*flags, "--seed", "7", "--num_samples", "1"]))
+    assert capsys.readouterr().out[16:36] not in ("", done.stdout[16:36])
+    complete(parse_flags([*flags, "--temperature", "0"]))
+    coldest = capsys.readouterr().out.rstrip("\n").split("\n---\n")
+    assert len(coldest) == 4 and len(set(coldest)) == 1  # the likeliest each time
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]  # it leaves nothing behind
 
 

@@ -155,8 +155,9 @@ def test_processes_that_find_different_checkpoints(tmp_path):
 
 
 def test_nobody_waits_for_ever(tmp_path):
-    process = start(tmp_path, "--timeout_minutes", "0.05", "--max_steps", "100000", processes=2, script=ROOT / "train_gpt2.py")
-    wait_for(tmp_path / "log" / "model_00020.pt", process)
+    process = start(tmp_path, "--timeout_minutes", "0.05", "--max_steps", "100000", "--checkpoint_interval", "4",
+                    processes=2, script=ROOT / "train_gpt2.py")
+    wait_for(tmp_path / "log" / "model_00004.pt", process)
     hanging = workers(process)[1]
     os.kill(hanging, signal.SIGSTOP)
     out = ""
