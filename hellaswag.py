@@ -58,9 +58,15 @@ def has_bfloat16(device):
 
 
 def can_compile(device):
-    """Tell whether torch.compile works on device, by a trial: a CPU needs a C++ compiler, a GPU Triton."""
+    """Tell whether torch.compile works on device, by a trial: a CPU needs a C++ compiler, a GPU Triton.
+
+    On a CPU it also asks PyTorch for algorithms with which what is compiled repeats, as what isn't does by itself.
+    """
     if device.type not in ("cuda", "cpu"):
         return False
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which would only take time
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as e:  # whatever: each thing that can be missing shows in a way of its own
@@ -74,9 +80,6 @@ def prepare(device):
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":  # so a run repeats bit for bit, compiled too; filling fresh memory would only take time
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc would give a large block back at once, and get it anew, page by page,
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: at every step; now it keeps what is freed

