@@ -143,7 +143,7 @@ def replacing(path):
     """Open path for writing, under a temporary name until all of it is on the disk: who finds path finds it whole."""
     unfinished = f"{path}.tmp"
     try:
-        with open(unfinished, "wb+") as f:
+        with open(unfinished, "wb+", buffering=2**20) as f:  # torch.save writes thousands of small pieces
             yield f
             f.flush()
             os.fsync(f.fileno())

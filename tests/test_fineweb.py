@@ -102,6 +102,14 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_small_pieces_are_gathered(tmp_path):
+    with fineweb.replacing(tmp_path / "a") as f:
+        for _ in range(1000):
+            f.write(bytes(1000))
+        assert (tmp_path / "a.tmp").stat().st_size == 0  # all of it is still in the buffer
+    assert (tmp_path / "a").stat().st_size == 1_000_000
+
+
 def test_shards_that_are_there_are_left_alone(tmp_path, capsys):
     fineweb.write_shard(tmp_path, 0, np.arange(5, dtype=np.uint16))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
