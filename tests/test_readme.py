@@ -51,3 +51,10 @@ def test_the_steps_it_points_at_are_in_the_history():
     subjects = subprocess.run(["git", "log", "--format=%s"], cwd=ROOT, capture_output=True, text=True).stdout
     for step in re.findall(r"/\^(\d+\.\d+) ", README):
         assert re.search(rf"^{re.escape(step)} ", subjects, re.M), step
+
+
+def test_the_table_has_each_row_of_the_benchmark():
+    import bench
+
+    table = README.split("`python tests/bench.py FILE`")[1].split("## ")[0]
+    assert len(re.findall(r"^\|.*\|$", table, re.M)) == 2 + len(bench.ROWS)
