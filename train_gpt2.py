@@ -2,7 +2,7 @@
 
     python train_gpt2.py                                     # one process: a GPU where there is one, else the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight processes, each with a GPU of its own
-    torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu --batch_size 8
+    torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu
     python train_gpt2.py --resume                            # go on from the newest checkpoint in log/
     python train_gpt2.py --sample "Once upon a time"         # let it write
 
@@ -249,8 +249,7 @@ class DataLoaderLite:
     """
 
     def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1, seed=None):
-        self.tokens, self.B, self.T, self.rank, self.world, self.seed = tokens, B, T, rank, world, seed
-        self.position = 0
+        self.tokens, self.B, self.T, self.rank, self.world, self.seed, self.position = tokens, B, T, rank, world, seed, 0
         sizes = tokens.sizes if seed is not None else np.array([len(tokens)])  # in order, a window may cross two shards
         self.windows = (sizes - 1) // T  # how many each has: its last token has no successor
         usable = int(self.windows.sum()) * T
@@ -286,7 +285,7 @@ class TrainConfig:
     data: str = None  # a folder of shards or a text file; edu_fineweb10B if shards are there, else input.txt
     model: str = None  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
     init_from: str = "scratch"  # scratch; gpt2, ...; a folder in Hugging Face's format; or a checkpoint, PATH.pt
-    batch_size: int = None  # B, sequences in a micro-batch: lower it when memory is short, the result stays
+    batch_size: int = None  # B, sequences in a micro-batch: if not given, what fits; lower when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
     shuffle: bool = True  # read the data in an order that is another one in each epoch; else as they stand
     total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
@@ -324,13 +323,15 @@ LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19
                sample_interval=250, hellaswag_interval=250, checkpoint_interval=5000)  # GPT-3's paper, appendix B
 
 
-def fill_defaults(cfg, device):
-    """Return cfg, what is None filled by the lecture's row (a CUDA GPU and shards) or the laptop's, and by the device."""
+def fill_defaults(cfg, device, world=1):
+    """Return cfg, what is None filled by the lecture's row (a CUDA GPU and shards) or the laptop's; B fits world processes."""
     if cfg.data is None:
         cfg = replace(cfg, data=SHARDS if os.path.exists(f"{SHARDS}/edufineweb_train_000001.npy") else "input.txt")
         print0(f"data: {cfg.data}" + (f" ({SHARDS} isn't there; python fineweb.py makes it)" * (cfg.data != SHARDS)))
     row = LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP
-    row = dict(row, dtype="bfloat16" if has_bfloat16(device) else "float32")
+    rows = max(1, (cfg.total_batch_size or row["total_batch_size"]) // (cfg.seq_len or row["seq_len"]) // world)  # for each
+    batch_size = max(B for B in range(1, row["batch_size"] + 1) if rows % B == 0)
+    row = dict(row, batch_size=batch_size, dtype="bfloat16" if has_bfloat16(device) else "float32")
     return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
 
@@ -356,10 +357,10 @@ def check(cfg, world):
     for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
         if getattr(cfg, name) not in choices:
             fail(f"--{name} {getattr(cfg, name)} is none of {', '.join(choices)}")
-    micro = cfg.batch_size * cfg.seq_len * world
-    if cfg.total_batch_size % micro:
-        fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of batch_size x seq_len x processes = "
-             f"{cfg.batch_size} x {cfg.seq_len} x {world} = {micro}; the next is {-(-cfg.total_batch_size // micro) * micro}")
+    total, unit = cfg.total_batch_size, cfg.seq_len * world
+    if total % (cfg.batch_size * unit):
+        fail(f"--total_batch_size {total} is not a multiple of batch_size x seq_len x processes = {cfg.batch_size} x {cfg.seq_len} "
+             f"x {world}; {f'make it {-(-total // unit) * unit}, and ' * (total % unit > 0)}give another --batch_size, or none")
 
 
 # -----------------------------------------------------------------------------
@@ -511,8 +512,8 @@ def main(cfg):
     elif cfg.resume and not os.path.exists(log_path):
         fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
     done = checkpoint["step"] if checkpoint else -1
-    device = pick_device(cfg.device)
-    cfg = fill_defaults(cfg, device)
+    auto = {name: getattr(cfg, name) for name in ("batch_size", "dtype", "compile")}  # if None, None again after --resume
+    cfg = fill_defaults(cfg, device := pick_device(cfg.device), world)
     check(cfg, world)
     prepare(device)
     if world > 1:
@@ -640,7 +641,7 @@ def main(cfg):
             path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
             with or_fail(f"--log_dir {cfg.log_dir}"):
                 with replacing(path) as f, open(log_path, encoding="utf-8") as logged:
-                    torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg),
+                    torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg) | auto,
                                     optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
                                     evaluated=not stopping, run_id=run_id, log=logged.read()), f)
                 step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
@@ -651,9 +652,8 @@ def main(cfg):
         if last or stopping:
             break
         t0 = time.perf_counter()
-        lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr = get_lr(step, cfg)
         optimizer.zero_grad(set_to_none=world == 1)  # backward adds to what is there; DDP keeps its buckets
         loss = accumulate_gradients(train_model, loader, grad_accum_steps, cfg.dtype)
         means = torch.stack((loss, torch.full_like(loss, bool(asked))))  # (2,)

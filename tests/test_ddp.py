@@ -87,7 +87,7 @@ def test_a_fault_of_one_process(tmp_path):
 @pytest.mark.parametrize("flags, line", [
     (["--max_step", "1"], "unrecognized arguments: --max_step 1"),
     (["--total_batch_size", "64"], "--total_batch_size 64 is not a multiple of batch_size x seq_len x processes = "
-                                   "2 x 32 x 2 = 128; the next is 128"),
+                                   "2 x 32 x 2; give another --batch_size, or none"),
     (["--data", "short.txt"], "72 tokens are there to train on, and one micro-batch of 2 x 32 for each of 2 process(es) "
                               "needs 129; lower --batch_size or --seq_len"),
 ])

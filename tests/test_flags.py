@@ -6,7 +6,7 @@ import offline
 import pytest
 import torch
 
-from train_gpt2 import TrainConfig, complete, main, parse_flags
+from train_gpt2 import TrainConfig, check, complete, fill_defaults, main, parse_flags
 
 INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
 TINY = ("--data", INPUT, "--model", "laptop", "--batch_size", "2", "--seq_len", "16", "--total_batch_size", "64",
@@ -152,3 +152,15 @@ def test_what_cannot_be_sampled_is_one_line(tmp_path, monkeypatch, capsys, flags
 def test_the_program_then_ends_with_status_2(run, tmp_path, flags, line):
     done = run("--model", "laptop", "--device", "cpu", *flags)
     assert (done.returncode, done.stderr) == (2, line.format(tmp_path))
+
+
+def test_the_batch_fits_an_update_and_the_processes(capsys):
+    for rows, world, B in ((12, 2, 6), (8, 1, 8), (7, 1, 7), (34, 2, 1), (3, 3, 1)):
+        cfg = TrainConfig(data=INPUT, seq_len=64, total_batch_size=64 * rows)
+        cfg = fill_defaults(cfg, torch.device("cpu"), world)
+        assert cfg.batch_size == B
+        check(cfg, world)
+    for rows, total in ((8, 576), (1, 192)):
+        with pytest.raises(SystemExit):
+            check(fill_defaults(TrainConfig(data=INPUT, seq_len=64, total_batch_size=64 * rows), torch.device("cpu"), 3), 3)
+        assert f"make it {total}, and give another --batch_size, or none\n" in capsys.readouterr().err

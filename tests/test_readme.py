@@ -1,10 +1,15 @@
 """README keeps its word: the flags, files and steps that it names are there."""
+import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import train_gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,6 +22,19 @@ def test_every_command_line_is_understood(script):
     assert lines
     for flag in re.findall(r" (--?[a-z_]+)", " ".join(line.split(script, 1)[1] for line in lines)):
         assert flag + " " in help_text.replace(",", " ")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^    ((?:torchrun|python) .*?train_gpt2\.py.*)", README + train_gpt2.__doc__, re.M))
+def test_every_command_line_fits_its_number_of_processes(line, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "has_bfloat16", lambda device: True)  # would ask a GPU that isn't there
+    words = shlex.split(line, comments=True)
+    world = math.prod(int(n) for n in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", line))
+    cfg = train_gpt2.parse_flags(words[words.index("train_gpt2.py") + 1 :])
+    if cfg.device != "cpu" and world > 1:  # the lecture's row
+        device, cfg.data = torch.device("cuda"), str(ROOT)
+    else:
+        device, cfg.data = torch.device("cpu"), "input.txt"
+    train_gpt2.check(train_gpt2.fill_defaults(cfg, device, world), world)
 
 
 def test_every_flag_in_the_text_is_one():

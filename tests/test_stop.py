@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-FLAGS = ("--data text.txt --model laptop --batch_size 1 --seq_len 16 --total_batch_size 64 --max_steps 40 --max_lr 1e-2 "
+FLAGS = ("--data text.txt --model laptop --seq_len 16 --total_batch_size 64 --max_steps 40 --max_lr 1e-2 "
          "--dtype float32 --device cpu --eval_interval 10 --val_tokens 200 --sample_interval 0 "
          "--checkpoint_interval 20").split()
 # a small model, whose step AT lasts until the file go_AT is there; and every process notes how it ended
@@ -128,6 +128,8 @@ def test_another_number_of_processes_goes_on(tmp_path, unbroken):
     stop(tmp_path, 28, "SIGUSR1", 4, "--resume")
     out = start(tmp_path, "--resume").communicate(timeout=100)[0]
     assert "29 of 40 updates are done" in out and like(tmp_path, unbroken[0])
+    config = torch.load(tmp_path / "log" / "model_00040.pt")["train_config"]  # what was left open stays open
+    assert (config["batch_size"], config["dtype"], config["compile"]) == (None, "float32", None)
 
 
 def test_torchrun_starts_a_killed_process_again(tmp_path, unbroken):
