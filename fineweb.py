@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
 SHARDS = "edu_fineweb10B"  # the folder to write to, and the one where train_gpt2.py looks
+MEND = "the command that made it makes it again, with another --out"  # in its own folder it goes on after the last one
 
 
 def print0(*args, **kwargs):
@@ -277,7 +278,7 @@ class Shards:
                 digest.update(block)
                 largest = max(largest, np.frombuffer(block, dtype=np.uint16).max())
         if read_sums(folder).get(name, digest.hexdigest()) != digest.hexdigest():
-            raise ValueError(f"{name} is damaged: its sha256 isn't the one in SHA256SUMS; make it again by fineweb.py")
+            raise ValueError(f"{name} is damaged: its sha256 isn't the one in SHA256SUMS; {MEND}")
         if largest >= self.vocab_size:
             raise ValueError(f"{name} holds the token {largest}, where GPT-2's end at {self.vocab_size - 1}")
         self.checked.add(i)
@@ -296,7 +297,7 @@ def open_shards(folder, vocab_size):
             except OSError:
                 raise
             except Exception as e:  # whatever: a header that is wrong can break NumPy's reader in any way
-                raise ValueError(f"{name} is damaged ({str(e).splitlines()[0]}); make it again by fineweb.py") from e
+                raise ValueError(f"{name} is damaged ({str(e).splitlines()[0]}); {MEND}") from e
             if array.dtype != np.uint16 or array.ndim != 1 or not len(array):
                 raise ValueError(f"{name} holds {array.dtype} of shape {array.shape}, and a shard is a row of uint16")
             arrays[match[1]].append(array)

@@ -193,7 +193,7 @@ def test_all_processes_find_a_damaged_shard_at_the_same_batch(tmp_path, capsys):
         assert end.value.code == 2
         assert capsys.readouterr().err == (
             "train_gpt2.py: --data: edufineweb_train_000002.npy is damaged: its sha256 isn't the one in SHA256SUMS; "
-            "make it again by fineweb.py\n")
+            "the command that made it makes it again, with another --out\n")
 
 
 def test_the_data_decide_on_the_row(tmp_path, monkeypatch, capsys):

@@ -154,6 +154,21 @@ def test_max_tokens(tmp_path, monkeypatch):
     assert np.array_equal(read("edu_fineweb10B", 6), expected(TEXTS)[:13])
 
 
+def test_a_damaged_shard_is_made_again_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    flags = ["--files", "a.parquet", "--stream", "--shard_size", "6", "--workers", "1", "--out"]
+    name = "edufineweb_train_000001.npy"
+    fineweb.main([*flags, "shards"])
+    damage(tmp_path / "shards" / name, "flipped")
+    with pytest.raises(ValueError, match=f"{name} is damaged.*; the command that made it makes it again, with another --out$"):
+        fineweb.open_shards("shards", 50257)[0][0:1]
+    fineweb.main([*flags, "others"])
+    os.replace(f"others/{name}", f"shards/{name}")
+    train, val = fineweb.open_shards("shards", 50257)
+    assert np.array_equal(np.concatenate((val[0:6], train[0 : len(train)])), expected(TEXTS))
+
+
 @pytest.mark.parametrize("flags, line", [
     ("--shard_size 0", "--shard_size 0 is not a number above 0"),
     ("--workers many", "argument --workers: invalid int value: 'many'"),

@@ -74,5 +74,5 @@ def test_the_steps_it_points_at_are_in_the_history():
 def test_the_table_has_each_row_of_the_benchmark():
     import bench
 
-    table = README.split("`python tests/bench.py FILE`")[1].split("## ")[0]
+    table = README.split("`python tests/bench.py FILE.jsonl`")[1].split("## ")[0]
     assert len(re.findall(r"^\|.*\|$", table, re.M)) == 2 + len(bench.ROWS)
