@@ -402,6 +402,8 @@ def main(argv=None):
 
             def documents():
                 nonlocal count
+                if not args.stream and progress["document"] == len(dataset):  # then skip would raise IndexError
+                    return
                 n = 1 if kinds == {".txt"} else 128  # a text file is one document, and may be a large one
                 texts = (rows["text"] for rows in dataset.skip(progress["document"]).iter(batch_size=n))
                 for tokens, ends in pool.imap(tokenize, texts):  # in this order

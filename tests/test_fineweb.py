@@ -357,26 +357,24 @@ def test_kill_it_and_start_it_again(hub_environment, tmp_path):
     try_kills(hub_environment, tmp_path, 3)
 
 
-def test_the_moments_between_two_files(tmp_path, monkeypatch):
+def test_the_moments_before_each_file(tmp_path, monkeypatch):
     """Where a kill falls between a shard, its sum and the note of both, what is missing is written again."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
-    command = ["--files", "a.parquet", "--stream", "--shard_size", "6", "--workers", "1", "--out"]
-    fineweb.main([*command, "whole"])
-    for n in range(1, 16):
-        calls, replacing = iter(range(n)), fineweb.replacing
+    fineweb.main(["--files", "a.parquet", "--shard_size", "6", "--workers", "1", "--out", "whole"])
+    for n in range(17):  # the whole run writes 17 files
+        command = ["--files", "a.parquet", *["--stream"] * (n % 2), "--shard_size", "6", "--workers", "1", "--out", str(n)]
+        calls, replacing = iter(range(n + 1)), fineweb.replacing
 
         def power_cut(path):
-            next(calls)  # StopIteration, in the end
+            if next(calls) == n:
+                raise EOFError  # which nothing catches
             return replacing(path)
 
-        with monkeypatch.context() as m:
+        with monkeypatch.context() as m, pytest.raises(EOFError):
             m.setattr(fineweb, "replacing", power_cut)
-            try:
-                fineweb.main([*command, str(n)])
-            except StopIteration:
-                pass
-        fineweb.main([*command, str(n)])
+            fineweb.main(command)
+        fineweb.main(command)
         assert contents(tmp_path / str(n)) == contents(tmp_path / "whole")
 
 
