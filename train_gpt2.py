@@ -305,7 +305,7 @@ class TrainConfig:
     resume: bool = False  # go on from log_dir's newest checkpoint, with its settings but for those given
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
-    compile: bool = None  # run the model through torch.compile; the default on cuda and cpu, where it works
+    compile: bool = None  # run the model through torch.compile; the default on cuda, and on a cpu with bfloat16
     timeout_minutes: float = 10.0  # how long processes wait for one that died or hangs
     seed: int = 1337  # of the weights at the start, of the data's order, and of --sample
     sample: str = None  # don't train but continue this text, by log_dir's newest checkpoint or what init_from names
@@ -330,8 +330,8 @@ def fill_defaults(cfg, device, world=1):
         print0(f"data: {cfg.data}" + (f" ({SHARDS} isn't there; python fineweb.py makes it)" * (cfg.data != SHARDS)))
     row = LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP
     rows = max(1, (cfg.total_batch_size or row["total_batch_size"]) // (cfg.seq_len or row["seq_len"]) // world)  # for each
-    batch_size = max(B for B in range(1, row["batch_size"] + 1) if rows % B == 0)
-    row = dict(row, batch_size=batch_size, dtype="bfloat16" if has_bfloat16(device) else "float32")
+    row = dict(row, batch_size=max(B for B in range(1, row["batch_size"] + 1) if rows % B == 0),
+               dtype="bfloat16" if has_bfloat16(device) else "float32", compile=device.type == "cuda" or has_bfloat16(device))
     return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
 
 
@@ -596,7 +596,7 @@ def main(cfg):
             os.makedirs(folder)
             print(f"{cfg.log_dir} held an earlier run, which is in {older} now")
         log = open(log_path if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8", newline="\n")
-    cfg = replace(cfg, compile=cfg.compile is not False and can_compile(device))  # so late, as the trial takes seconds
+    cfg = replace(cfg, compile=cfg.compile and can_compile(device))  # so late, as the trial takes seconds
     print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
            f"autocast: {cfg.dtype}, compile: {cfg.compile}")
     train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else

@@ -73,9 +73,17 @@ def test_compile_is_the_default_only_where_it_works(monkeypatch, capsys, kind, w
     assert capsys.readouterr().out == (line if not works else "")
 
 
+@pytest.mark.parametrize("kind, bfloat16, answer", [("cpu", True, True), ("cpu", False, False), ("cuda", False, True)])
+def test_compile_is_the_default_only_where_it_helps(monkeypatch, kind, bfloat16, answer):
+    monkeypatch.setattr(train_gpt2, "has_bfloat16", lambda device: bfloat16)
+    for asked, found in ((None, answer), (True, True), (False, False)):
+        cfg = train_gpt2.fill_defaults(train_gpt2.TrainConfig(data="input.txt", compile=asked), torch.device(kind))
+        assert cfg.compile is found
+
+
 def test_without_a_compiler_it_trains_all_the_same(run, compiler, tmp_path):
     alone = dict(os.environ, PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), CXX="")
     done = run("--data", INPUT, "--device", "cpu", "--batch_size", "1", "--seq_len", "8", "--total_batch_size", "8", "--max_steps", "1",
-               "--eval_interval", "0", "--sample_interval", "0", "--checkpoint_interval", "0", env=alone)
+               "--eval_interval", "0", "--sample_interval", "0", "--checkpoint_interval", "0", "--compile", env=alone)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("torch.compile doesn't work here") == 1 and "step     0 | loss: " in done.stdout
