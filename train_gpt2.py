@@ -56,7 +56,7 @@ OPENAI_SIZES = {  # the four that were released; in all of them a head is 64 wid
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
-SIZES = {**OPENAI_SIZES, "laptop": dict(n_layer=4, n_head=8, n_embd=128)}  # and one that two cores can train
+SIZES = {**OPENAI_SIZES, "laptop": dict(n_layer=4, n_head=12, n_embd=96)}  # and one that two cores can train
 
 
 class CausalSelfAttention(nn.Module):
@@ -315,9 +315,9 @@ class TrainConfig:
     top_k: int = 50  # each token of --sample is one of so many of the likeliest
 
 
-LAPTOP = dict(model="laptop", batch_size=8, seq_len=64, total_batch_size=512, max_steps=2268, warmup_steps=45,
-              max_lr=3e-3, weight_decay=1.0, grad_clip=1.0, eval_interval=567, val_tokens=2**17, sample_interval=567,
-              hellaswag_interval=0, checkpoint_interval=567)  # by measurement; 567 updates are an epoch of input.txt
+LAPTOP = dict(model="laptop", batch_size=16, seq_len=64, total_batch_size=1024, max_steps=849, warmup_steps=100,
+              max_lr=7e-3, weight_decay=0.8, grad_clip=1.0, eval_interval=283, val_tokens=2**17, sample_interval=283,
+              hellaswag_interval=0, checkpoint_interval=283)  # by measurement; 283 updates are an epoch of input.txt
 LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
                max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19,
                sample_interval=250, hellaswag_interval=250, checkpoint_interval=5000)  # GPT-3's paper, appendix B

@@ -202,19 +202,19 @@ def test_the_data_decide_on_the_row(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "data: input.txt (edu_fineweb10B isn't there; python fineweb.py makes it)\n"
     write_shards(tmp_path / "edu_fineweb10B")
     cfg = fill_defaults(TrainConfig(), torch.device("cpu"))
-    assert (cfg.data, cfg.total_batch_size) == ("edu_fineweb10B", 512)
+    assert (cfg.data, cfg.total_batch_size) == ("edu_fineweb10B", 1024)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     cfg = fill_defaults(TrainConfig(), torch.device("cuda"))
     assert (cfg.total_batch_size, cfg.batch_size, cfg.max_steps, cfg.warmup_steps) == (2**19, 64, 19073, 715)
-    assert fill_defaults(TrainConfig(data=INPUT), torch.device("cuda")).total_batch_size == 512
+    assert fill_defaults(TrainConfig(data=INPUT), torch.device("cuda")).total_batch_size == 1024
 
 
 def test_the_laptops_run_ends_with_an_epoch():
     cfg = fill_defaults(TrainConfig(data=INPUT), torch.device("cpu"))
     train, val = fineweb.load_data(INPUT, gpt2_encoding())
     loader = DataLoaderLite(train, cfg.batch_size, cfg.seq_len, cfg.total_batch_size)
-    assert cfg.max_steps * cfg.total_batch_size == 4 * loader.epoch_tokens  # all was read as often
+    assert cfg.max_steps * cfg.total_batch_size == 3 * loader.epoch_tokens  # all was read as often
     assert cfg.val_tokens >= len(val) - 1 and cfg.max_steps % cfg.eval_interval == 0
 
 
