@@ -148,7 +148,7 @@ class GPT(nn.Module):
         cache: a dict, empty at first; with it idx is what follows the idx of the calls before, which isn't computed again.
         at: an index into (B, T), by which only some positions are scored.
         pos, mask: where each token stands, (B, T), and which others it sees, (B, 1, T, T), where idx isn't a plain text.
-        Returns (logits, loss): logits (B, T, vocab_size); loss, in nats a token, is None without targets.
+        Returns (logits, loss): logits (B, T, vocab_size), detached where there are targets; loss, in nats a token, or None.
         Raises ValueError where a sequence is over block_size.
         """
         B, T = idx.shape
@@ -165,8 +165,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x)[at])  # (B, T, vocab_size), or what `at` leaves of (B, T)
         if targets is None:
             return logits, None
-        # cross_entropy wants a row of scores for each prediction, and one target; the mean is of B * T predictions
-        return logits, F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))
+        # detached: if not, torch.compile would make them a gradient too, of nothing but zeros, and as large as they are
+        return logits.detach(), F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))  # mean of B * T losses
 
     @classmethod
     def from_pretrained(cls, name):

@@ -334,7 +334,7 @@ def plant(monkeypatch, steps, way):
     def spoilt(self, idx, targets=None):
         logits, loss = forward(self, idx, targets)
         if torch.is_grad_enabled() and next(calls) in [2 * step for step in steps]:
-            loss = loss * math.nan if way == "loss" else loss + (0 * logits.sum()).sqrt()  # 0, and its slope is not
+            loss = loss * math.nan if way == "loss" else loss + (0 * loss).sqrt()  # 0, and its slope is not
         return logits, loss
     monkeypatch.setattr(GPT, "forward", spoilt)
 

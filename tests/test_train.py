@@ -83,6 +83,15 @@ def test_compiled_losses_equal_eager_ones_and_repeat(capsys, compiler, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), compiled_model.parameters()))
 
 
+def test_no_gradient_is_made_for_logits_beside_a_loss():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.randint(64, (2, 8))
+    logits, loss = model(idx, idx)
+    assert loss.requires_grad and not logits.requires_grad  # so torch.compile has nothing to make one for
+    alone, _ = model(idx)
+    assert alone.requires_grad and torch.equal(alone, logits)
+
+
 def test_the_vocabulary_is_padded_and_the_first_loss_stays(capsys):
     model, losses, _ = train(capsys, max_steps=1)
     assert model.lm_head.weight.shape == (50304, 64) and 50304 % 128 == 0
