@@ -280,14 +280,14 @@ class DataLoaderLite:
 
 @dataclass
 class TrainConfig:
-    """One training run: a field is a flag, its comment the flag's help. What is None, one of the rows below fills."""
+    """One training run: a field is a flag, its comment the flag's help. None: not given; fill_defaults fills most of these."""
 
     data: str = None  # a folder of shards or a text file; edu_fineweb10B if shards are there, else input.txt
     model: str = None  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
-    init_from: str = "scratch"  # scratch; gpt2, ...; a folder in Hugging Face's format; or a checkpoint, PATH.pt
+    init_from: str = None  # scratch; gpt2, ...; a folder in Hugging Face's format; or a checkpoint, PATH.pt
     batch_size: int = None  # B, sequences in a micro-batch: if not given, what fits; lower when memory is short, the result stays
     seq_len: int = None  # T, tokens in a sequence
-    shuffle: bool = True  # read the data in an order that is another one in each epoch; else as they stand
+    shuffle: bool = None  # read the data in an order that is another one in each epoch; else as they stand
     total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
     max_steps: int = None  # updates of the weights
     warmup_steps: int = None  # updates over which the learning rate rises to max_lr
@@ -299,15 +299,15 @@ class TrainConfig:
     hellaswag_interval: int = None  # updates between two HellaSwag scores; 0: never
     sample_interval: int = None  # updates between two rounds of samples; 0: never
     checkpoint_interval: int = None  # updates between two checkpoints; 0: none
-    checkpoint_minutes: float = 30.0  # and minutes after which one more is written; 0: none
-    keep_checkpoints: int = 3  # how many of the newest are kept, beside those of every 5000th update
+    checkpoint_minutes: float = None  # and minutes after which one more is written; 0: none
+    keep_checkpoints: int = None  # how many of the newest are kept, beside those of every 5000th update
     log_dir: str = "log"  # the folder for log.txt and checkpoints
     resume: bool = False  # go on from log_dir's newest checkpoint, with its settings but for those given
     device: str = None  # cuda, mps or cpu; the best there is if not given
     dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
     compile: bool = None  # run the model through torch.compile; the default on cuda, and on a cpu with bfloat16
-    timeout_minutes: float = 10.0  # how long processes wait for one that died or hangs
-    seed: int = 1337  # of the weights at the start, of the data's order, and of --sample
+    timeout_minutes: float = None  # how long processes wait for one that died or hangs
+    seed: int = None  # of the weights at the start, of the data's order, and of --sample
     sample: str = None  # don't train but continue this text, by log_dir's newest checkpoint or what init_from names
     num_samples: int = 4  # how many continuations --sample writes
     max_new_tokens: int = 256  # the tokens of each
@@ -315,6 +315,7 @@ class TrainConfig:
     top_k: int = 50  # each token of --sample is one of so many of the likeliest
 
 
+BOTH = dict(init_from="scratch", shuffle=True, checkpoint_minutes=30.0, keep_checkpoints=3, timeout_minutes=10.0, seed=1337)
 LAPTOP = dict(model="laptop", batch_size=16, seq_len=64, total_batch_size=1024, max_steps=849, warmup_steps=100,
               max_lr=7e-3, weight_decay=0.8, grad_clip=1.0, eval_interval=283, val_tokens=2**17, sample_interval=283,
               hellaswag_interval=0, checkpoint_interval=283)  # by measurement; 283 updates are an epoch of input.txt
@@ -328,7 +329,7 @@ def fill_defaults(cfg, device, world=1):
     if cfg.data is None:
         cfg = replace(cfg, data=SHARDS if os.path.exists(f"{SHARDS}/edufineweb_train_000001.npy") else "input.txt")
         print0(f"data: {cfg.data}" + (f" ({SHARDS} isn't there; python fineweb.py makes it)" * (cfg.data != SHARDS)))
-    row = LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP
+    row = BOTH | (LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP)
     rows = max(1, (cfg.total_batch_size or row["total_batch_size"]) // (cfg.seq_len or row["seq_len"]) // world)  # for each
     row = dict(row, batch_size=max(B for B in range(1, row["batch_size"] + 1) if rows % B == 0),
                dtype="bfloat16" if has_bfloat16(device) else "float32", compile=device.type == "cuda" or has_bfloat16(device))
@@ -482,7 +483,7 @@ def load_model(name):
 def complete(cfg):
     """Print continuations of cfg.sample, the first one as it comes. Ends the program, status 2, where cfg can't work."""
     device, enc = pick_device(cfg.device), gpt2_encoding()
-    check(fill_defaults(replace(cfg, data="input.txt"), device), 1)
+    check(cfg := fill_defaults(replace(cfg, data="input.txt"), device), 1)
     prepare(device)
     model = newest_checkpoint(cfg.log_dir)[0] if cfg.init_from == "scratch" else load_model(cfg.init_from)
     if model is None:
@@ -505,10 +506,10 @@ def main(cfg):
         model, checkpoint = None, None
     if checkpoint:
         begun = checkpoint["train_config"]
-        if cfg.model not in (None, begun.model):
-            fail(f"--model {cfg.model}: the run in {cfg.log_dir} was begun with {begun.model}; leave the flag out")
-        given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) not in (None, f.default)}
-        cfg = replace(begun, **given | dict(log_dir=cfg.log_dir))
+        for name in ("model", "init_from"):
+            if getattr(cfg, name) not in (None, was := getattr(begun, name)):
+                fail(f"--{name} {getattr(cfg, name)}: the run in {cfg.log_dir} was begun with {was}; leave the flag out")
+        cfg = replace(begun, **{name: value for name, value in asdict(cfg).items() if value is not None})  # what was given
     elif cfg.resume and not os.path.exists(log_path):
         fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
     done = checkpoint["step"] if checkpoint else -1
@@ -626,8 +627,7 @@ def main(cfg):
 
         if due(cfg.eval_interval):
             val_loss = evaluate(model, val, B, T, cfg.dtype, rank, world)
-            bits = val_loss / math.log(2) / bytes_per_token
-            print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {bits:.4f}")
+            print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {val_loss / math.log(2) / bytes_per_token:.4f}")
             note("val", val_loss)
         if due(cfg.hellaswag_interval):
             right = hellaswag.count_right(model, enc, examples, cfg.dtype, rank, world)[1]

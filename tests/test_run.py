@@ -304,11 +304,21 @@ def test_flags_win_over_the_checkpoint_but_for_the_shape(capsys):
     main(TrainConfig(resume=True, max_steps=9, weight_decay=0.25))
     assert torch.load("log/model_00009.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(TrainConfig(resume=True, model="gpt2"))
-    assert end.value.code == 2
-    assert capsys.readouterr().err == (
-        "train_gpt2.py: --model gpt2: the run in log was begun with laptop; leave the flag out\n")
+    for name, begun in (("model", "laptop"), ("init_from", "scratch")):
+        with pytest.raises(SystemExit) as end:
+            main(TrainConfig(resume=True, **{name: "gpt2"}))
+        assert end.value.code == 2
+        assert capsys.readouterr().err == (
+            f"train_gpt2.py: --{name} gpt2: the run in log was begun with {begun}; leave the flag out\n")
+
+
+def test_a_flag_given_at_its_default_wins_too(capsys):
+    train(capsys, checkpoint_interval=1, keep_checkpoints=9, shuffle=False, seed=7)
+    assert len(os.listdir("log")) == 8
+    main(train_gpt2.parse_flags(["--resume", "--max_steps", "7", "--keep_checkpoints", "3", "--shuffle"]))
+    assert sorted(os.listdir("log")) == ["log.txt", "model_00005.pt", "model_00006.pt", "model_00007.pt"]
+    config = torch.load("log/model_00007.pt")["train_config"]
+    assert config["shuffle"] and config["seed"] == 7
 
 
 def test_resume_where_nothing_can_be_resumed(capsys):
