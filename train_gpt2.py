@@ -1,12 +1,10 @@
-"""GPT-2 (124M) from an empty file: the model, its data, its training.
+"""GPT-2 (124M) from an empty file: the model, its data, its training. `--help` lists the flags.
 
     python train_gpt2.py                                     # one process: a GPU where there is one, else the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight processes, each with a GPU of its own
     torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu
     python train_gpt2.py --resume                            # go on from the newest checkpoint in log/
     python train_gpt2.py --sample "Once upon a time"         # let it write
-
-`python train_gpt2.py --help` lists the flags.
 """
 import argparse
 import codecs
@@ -285,7 +283,7 @@ class TrainConfig:
     data: str = None  # a folder of shards or a text file; edu_fineweb10B if shards are there, else input.txt
     model: str = None  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
     init_from: str = None  # scratch; gpt2, ...; a folder in Hugging Face's format; or a checkpoint, PATH.pt
-    batch_size: int = None  # B, sequences in a micro-batch: if not given, what fits; lower when memory is short, the result stays
+    batch_size: int = None  # B, sequences in a micro-batch; lower when memory is short, the result stays; not given: these or fewer
     seq_len: int = None  # T, tokens in a sequence
     shuffle: bool = None  # read the data in an order that is another one in each epoch; else as they stand
     total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
@@ -339,11 +337,14 @@ def fill_defaults(cfg, device, world=1):
 def parse_flags(argv=None):
     """Return the TrainConfig that the command line asks for; argv defaults to the program's arguments."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainConfig), re.M))
-    parser = argparse.ArgumentParser(description="Train GPT-2.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train GPT-2. Defaults are in brackets; of two, the second is for a GPU "
+                                     "with shards.", allow_abbrev=False)
     parser.error = fail  # argparse's own prints a usage block first
     for f in fields(TrainConfig):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
-        parser.add_argument(f"--{f.name}", default=f.default, help=comments[f.name], **kind)
+        values = dict.fromkeys(str((BOTH | row).get(f.name, f.default)) for row in (LAPTOP, LECTURE))
+        shown = f" [{' or '.join(values)}]" * ("None" not in values)
+        parser.add_argument(f"--{f.name}", default=f.default, help=comments[f.name] + shown, **kind)
     return TrainConfig(**vars(parser.parse_args(argv)))
 
 
@@ -526,11 +527,8 @@ def main(cfg):
         if len(set(found)) > 1:
             fail(f"--resume: the processes find different checkpoints, after {found} updates; share {cfg.log_dir} among them")
     torch.manual_seed(cfg.seed)
-    if cfg.init_from == "scratch" and not checkpoint:
-        # 50304 = 2**7 * 393, where 50257 is odd: a size that kernels can cut evenly. The 47 extra tokens never occur.
-        model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model]))
-    elif not checkpoint:
-        model = load_model(cfg.init_from)
+    if not checkpoint:  # 50304 = 2**7 * 393, where 50257 is odd: kernels can cut it evenly. The 47 extra tokens never occur.
+        model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model])) if cfg.init_from == "scratch" else load_model(cfg.init_from)
     if cfg.seq_len > model.config.block_size:
         fail(f"--seq_len {cfg.seq_len} is over the model's block size, {model.config.block_size}")
     model.to(device)

@@ -25,7 +25,13 @@ def test_help_explains_each_flag(run):
     assert done.returncode == 0 and done.stderr == ""
     for name in TrainConfig.__dataclass_fields__:
         assert f"--{name}" in done.stdout
-    assert "B, sequences in a micro-batch" in " ".join(done.stdout.split())
+    text = " ".join(done.stdout.split())
+    assert "B, sequences in a micro-batch" in text
+    # the value without the flag: on a laptop, or with a GPU and shards
+    for example in ("--max_steps X updates of the weights [849 or 19073]", "beside those of every 5000th update [3]",
+                    "loss; 0: never [283 or 250]", "in each epoch; else as they stand [True]", "[log]"):
+        assert example in text
+    assert "None" not in text
 
 
 def test_flags_reach_the_run(run):
