@@ -10,6 +10,7 @@ A shard is a NumPy file, uint16 and one-dimensional, of 100M tokens, the last on
 validation. Every document begins with <|endoftext|>.
 """
 import argparse
+import errno
 import hashlib
 import json
 import multiprocessing as mp
@@ -36,9 +37,15 @@ MEND = "the command that made it makes it again, with another --out"  # in its o
 
 
 def print0(*args, **kwargs):
-    """print, in the first of torchrun's processes alone."""
+    """print, in the first of torchrun's processes alone; where nobody can read it any more, do without from then on."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, **kwargs)
+        try:
+            print(*args, **kwargs, flush=True)  # else a pipe's fault would show only when the program ends
+        except OSError as e:
+            if kwargs or e.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            # the terminal was closed, or who read the pipe has ended: no reason for a run to end too
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def fail(message):

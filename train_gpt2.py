@@ -611,8 +611,9 @@ def main(cfg):
             os._exit(130)
         asked.append(time.monotonic())
 
-    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Windows lacks the last one
-    handlers = {number: signal.signal(number, ask) for number in signals}
+    # Windows lacks the last two; what is ignored, as SIGHUP under nohup and SIGINT behind a script's &, remains so
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, ask) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
     for step in range(max(done, 0), cfg.max_steps + 1):
         last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
 
@@ -643,7 +644,7 @@ def main(cfg):
                                     optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
                                     evaluated=not stopping, run_id=run_id, log=logged.read()), f)
                 step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
-            print(f"step {step:5d} | saved {path}")
+            print0(f"step {step:5d} | saved {path}")
             for old, path in list(checkpoints(cfg.log_dir).items())[cfg.keep_checkpoints :]:
                 if old % 5000 or old == 0:
                     os.remove(path)
