@@ -249,8 +249,7 @@ class DataLoaderLite:
     def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1, seed=None):
         self.tokens, self.B, self.T, self.rank, self.world, self.seed, self.position = tokens, B, T, rank, world, seed, 0
         sizes = tokens.sizes if seed is not None else np.array([len(tokens)])  # in order, a window may cross two shards
-        self.windows = (sizes - 1) // T  # how many each has: its last token has no successor
-        usable = int(self.windows.sum()) * T
+        usable = int(((sizes - 1) // T).sum()) * T  # in whole windows; a shard's last token has no successor
         self.epoch_tokens = usable // total_batch_size * total_batch_size or usable
         if usable < B * T * world:
             fail(f"{len(tokens)} tokens are there to train on, and one micro-batch of {B} x {T} for each of {world} "
@@ -691,6 +690,8 @@ if __name__ == "__main__":
     try:
         cfg = parse_flags()
         (main if cfg.sample is None else complete)(cfg)
+    except KeyboardInterrupt:  # nothing is trained yet, or it samples: nothing is lost
+        sys.exit(130)
     except RuntimeError as e:  # both libraries name themselves in their errors
         if not re.search("gloo|nccl", str(e), re.I):
             raise

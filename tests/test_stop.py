@@ -141,6 +141,26 @@ def test_a_terminal_that_closes_leaves_no_trace(tmp_path, unbroken):
     assert all(torch.equal(a, b) for a, b in zip(last_weights(tmp_path), unbroken[1]))
 
 
+@pytest.mark.parametrize("script", ["train_gpt2.py", "hellaswag.py"])
+def test_ctrl_c_before_the_first_step(tmp_path, script):
+    (tmp_path / "probe.py").write_text(f"""
+import runpy, time, torch
+
+def wait(precision):
+    open("waits", "w").close()
+    time.sleep(100)
+
+torch.set_float32_matmul_precision = wait  # called when the program gets ready
+runpy.run_path("{ROOT / script}", run_name="__main__")
+""")
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, "probe.py"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
+    wait_for(tmp_path / "waits", process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100)[1] == "" and process.returncode == 130
+
+
 def workers(process):
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
 
