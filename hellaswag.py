@@ -167,21 +167,23 @@ def read_examples(path=PATH):
 
 
 def load_examples():
-    """Return HellaSwag's examples, downloaded by one process of each machine, if need be, while the others wait.
+    """Return HellaSwag's examples. Where the file isn't there, the first process of each machine downloads it.
 
-    Raises OSError or ValueError, in all processes alike, where they can't be had.
+    They do so one after another, as some may share the folder: who finds it there has nothing to do. Raises OSError, in all
+    processes alike, where a download fails, and what read_examples raises.
     """
-    problems = [None]
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            download()
-        except OSError as e:
-            problems = [str(e)]
-    if dist.is_initialized():
-        problem, problems = problems[0], [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise OSError(next(filter(None, problems)))
+    for rank in range(dist.get_world_size() if dist.is_initialized() else 1):
+        problems = [None]
+        if rank == int(os.environ.get("RANK", 0)) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            try:
+                download()
+            except OSError as e:
+                problems = [str(e)]
+        if dist.is_initialized():
+            problem, problems = problems[0], [None] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+        if any(problems):
+            raise OSError(next(filter(None, problems)))
     return read_examples()
 
 

@@ -1,9 +1,12 @@
 """hellaswag.py: the download from a server on loopback that has faults, and the scores against Hugging Face's model."""
 import os
 import re
+import socket
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import offline
 import pytest
@@ -13,6 +16,7 @@ from conftest import damaged
 import hellaswag
 from train_gpt2 import GPT, gpt2_encoding
 
+ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = os.path.join(os.path.dirname(__file__), "hellaswag.jsonl")  # 200 in HellaSwag's format, of input.txt's lines
 FILE = b"".join(b'{"ind": %d}\n' % i for i in range(10_042))
 
@@ -32,6 +36,7 @@ class Server(BaseHTTPRequestHandler):
             return self.send_error(behaviour)
         first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
         body = b"<html>Please sign in</html>" if behaviour == "portal" else FILE
+        threading.Event().wait(behaviour == "slow")  # a second; the tests' time.sleep doesn't wait
         if behaviour in ("whole", "portal"):  # no ranges here
             first = 0
         self.send_response(200 if behaviour in ("whole", "portal") else 206)
@@ -52,8 +57,9 @@ def fetch(tmp_path, monkeypatch):
 
     def fetch(*behaviours):
         server.behaviours, server.ranges = list(behaviours), []
-        hellaswag.download(str(tmp_path / "val.jsonl"), f"http://127.0.0.1:{server.server_port}/val.jsonl")
+        hellaswag.download(str(tmp_path / "val.jsonl"), fetch.url)
         return server.ranges
+    fetch.server, fetch.url = server, f"http://127.0.0.1:{server.server_port}/val.jsonl"
     yield fetch
     server.shutdown()
 
@@ -84,6 +90,37 @@ def test_a_download_that_fails(fetch, tmp_path, behaviours, problem):
     assert not (tmp_path / "val.jsonl").exists()
     kept = [FILE[: len(FILE) // 2]] if "cut" in behaviours else []
     assert [path.read_bytes() for path in tmp_path.iterdir()] == kept
+
+
+def test_machines_that_share_a_folder_download_once(fetch, tmp_path, monkeypatch):
+    with open(EXAMPLES, "rb") as f:
+        monkeypatch.setitem(globals(), "FILE", b"".join(f.readlines()[:12]))
+    fetch.server.behaviours, fetch.server.ranges = ["slow", "slow"], []
+    (tmp_path / "probe.py").write_text(f"""
+import hellaswag, train_gpt2
+hellaswag.EXAMPLES, hellaswag.download.__defaults__ = 12, (hellaswag.PATH, "{fetch.url}")
+train_gpt2.SIZES["laptop"] = dict(n_layer=1, n_head=2, n_embd=16)
+train_gpt2.main(train_gpt2.parse_flags())
+""")
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    processes = []
+    for name in ("own", "shared", "shared"):  # a torchrun each, as on three machines
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=3", "--nproc_per_node=1", "--rdzv_id=x",
+                   "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "../probe.py", "--data", f"{ROOT}/input.txt",
+                   "--device", "cpu", "--total_batch_size", "960", "--max_steps", "1", "--eval_interval", "0",
+                   "--sample_interval", "0", "--checkpoint_interval", "0", "--hellaswag_interval", "1"]
+        processes.append(subprocess.Popen(command, cwd=tmp_path / name, env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        outs = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:  # where one fails, the others would wait for it
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0, 0], outs
+    assert "".join(outs).count("of 12 right") == 2 and "".join(outs).count("| loss: ") == 1
+    assert fetch.server.ranges == ["bytes=0-"] * 2
 
 
 def test_a_part_of_something_else_is_not_gone_on_with(fetch, tmp_path):
