@@ -29,9 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import hellaswag
 from fineweb import SHARDS, fail, gpt2_encoding, load_data, or_fail, print0, replacing
-from hellaswag import can_compile, has_bfloat16, pick_device, prepare
+from hellaswag import can_compile, count_right, has_bfloat16, load_examples, pick_device, prepare
 
 # -----------------------------------------------------------------------------
 # The model
@@ -262,8 +261,7 @@ class DataLoaderLite:
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
-        first = self.position // self.T
-        starts = [self.start(number) for number in range(first, first + self.B * self.world)]
+        starts = [self.start(self.position // self.T + row) for row in range(self.B * self.world)]
         with or_fail("--data"):  # every process opens, and checks, what any of them needs: all find a damaged shard at once
             rows = [self.tokens[start : start + self.T + 1] for start in starts]
         buf = np.stack(rows[self.rank * self.B : (self.rank + 1) * self.B]).astype(np.int64)  # (B, T + 1)
@@ -565,7 +563,7 @@ def main(cfg):
         print0(f"the run in {cfg.log_dir} has no whole checkpoint: starting at step 0")
     if cfg.hellaswag_interval:
         with or_fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 does without HellaSwag)"):
-            examples = hellaswag.load_examples()
+            examples = load_examples()
     with or_fail(f"--log_dir {cfg.log_dir}"):
         os.makedirs(cfg.log_dir, exist_ok=True)
         TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
@@ -628,7 +626,7 @@ def main(cfg):
             print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {val_loss / math.log(2) / bytes_per_token:.4f}")
             note("val", val_loss)
         if due(cfg.hellaswag_interval):
-            right = hellaswag.count_right(model, enc, examples, cfg.dtype, rank, world)[1]
+            right = count_right(model, enc, examples, cfg.dtype, rank, world)[1]
             print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {right / len(examples):.4f}")
             note("hella", right / len(examples))
         if due(cfg.sample_interval):
@@ -692,8 +690,10 @@ if __name__ == "__main__":
         (main if cfg.sample is None else complete)(cfg)
     except KeyboardInterrupt:  # nothing is trained yet, or it samples: nothing is lost
         sys.exit(130)
-    except RuntimeError as e:  # both libraries name themselves in their errors
-        if not re.search("gloo|nccl", str(e), re.I):
+    except RuntimeError as e:
+        if re.search("out of memory|can't allocate memory|not enough memory", str(e)):  # a GPU, a CPU, Windows
+            fail(f"a lower --{'num_samples' if cfg.sample else 'batch_size'} may help: {str(e).splitlines()[0]}")
+        if not re.search("gloo|nccl", str(e), re.I):  # both libraries name themselves in their errors
             raise
         sys.exit(f"train_gpt2.py: a process died or hangs, and process {os.environ['RANK']} waited for it in vain; --resume "
                  f"goes on from the newest checkpoint ({str(e).splitlines()[0]})")

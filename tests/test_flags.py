@@ -1,6 +1,8 @@
 """The command line: what is asked for is done, and what can't be done is said in one line, with status 2."""
 import os
 import re
+import subprocess
+import sys
 
 import offline
 import pytest
@@ -50,6 +52,24 @@ def test_init_from_a_folder(run, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     main(parse_flags([*TINY, "--init_from", "small", "--max_steps", "1", "--no-shuffle", "--seed", "7", "--log_dir", "log2"]))
     assert capsys.readouterr().out.split("dt:")[0] == done.stdout.split("dt:")[0]  # nothing of it is random
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to give the run no more than 3 GB")
+@pytest.mark.parametrize("flags, name", [(["--seq_len", "64", "--batch_size", "256", "--total_batch_size", "16384"], "batch_size"),
+                                         (["--sample", "a", "--init_from", "small", "--num_samples", "20000"], "num_samples")])
+def test_memory_that_is_too_small(tmp_path, flags, name):
+    offline.save_random_gpt2(tmp_path / "small", n_layer=1, n_head=2, n_embd=32, n_positions=64)
+    (tmp_path / "probe.py").write_text(f"""
+import re, resource, runpy, sys, torch
+used = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])  # of addresses, PyTorch's own too
+resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 10**9,) * 2)
+sys.argv[0] = "train_gpt2.py"
+runpy.run_path("{os.path.dirname(INPUT)}/train_gpt2.py", run_name="__main__")
+""")
+    done = subprocess.run([sys.executable, "probe.py", *TINY, "--dtype", "float32", *flags], cwd=tmp_path, capture_output=True,
+                          text=True, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.path.dirname(INPUT)))
+    assert done.returncode == 2
+    assert re.fullmatch(rf"train_gpt2\.py: a lower --{name} may help: .*can't allocate memory: .*\n", done.stderr)
 
 
 @pytest.mark.parametrize("flags, line", [
