@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_every_test_it_points_at_is_there():
     assert len(named) > 20
     for name in named:
         assert any(test.startswith(name) for test in known), name
+
+
+def test_a_model_goes_to_hugging_face_and_comes_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log").mkdir()
+    torch.manual_seed(0)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1)  # biases too, which are 0 at first
+    torch.save(dict(model=model.state_dict(), model_config=vars(model.config), train_config={}), "log/model_19073.pt")
+    code = README.split("**In Hugging Face?**")[1].split("The tokenizer")[0].split("\n\n", 1)[1]
+    exec(textwrap.dedent(code), {})
+    idx = torch.randint(50257, (2, 16))
+    again = train_gpt2.GPT.from_pretrained("my-gpt2")
+    assert torch.allclose(again(idx)[0], model(idx)[0][:, :, :50257], atol=1e-5)
 
 
 def test_the_steps_it_points_at_are_in_the_history():
