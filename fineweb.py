@@ -334,19 +334,29 @@ def load_data(path, enc):
     return Shards([tokens[:train]], enc.n_vocab), Shards([tokens[train:]], enc.n_vocab)
 
 
-def load(args):
-    """Return the documents that args, the command line's, ask for: rows with a column `text`.
+def find(args):
+    """Return the builder, in the sense of `datasets`, of the data that args, the command line's, name.
+
+    It asks the hub for a list of files, and downloads none yet; where it gets no answer, it may do with what was downloaded
+    before. Raises what `datasets` raises.
+    """
+    from datasets import load_dataset_builder  # slow to import, and needed only here
+
+    if not args.files:
+        return load_dataset_builder(args.dataset, name=args.name)
+    kind = KINDS[os.path.splitext(args.files[0])[1]]
+    whole = dict(sample_by="document") if kind == "text" else {}  # a file is a document, not each of its lines
+    return load_dataset_builder(kind, data_files=args.files, **whole)
+
+
+def load(builder, stream):
+    """Return the documents: rows with a column `text`, a stream or downloaded now.
 
     Raises what `datasets` raises, ValueError where there is no such column.
     """
-    from datasets import load_dataset  # slow to import, and needed only here
-
-    if args.files:
-        kind = KINDS[os.path.splitext(args.files[0])[1]]
-        whole = dict(sample_by="document") if kind == "text" else {}  # a file is a document, not each of its lines
-        dataset = load_dataset(kind, data_files=args.files, split="train", streaming=args.stream, **whole)
-    else:
-        dataset = load_dataset(args.dataset, name=args.name, split="train", streaming=args.stream)
+    if not stream:
+        builder.download_and_prepare()
+    dataset = builder.as_streaming_dataset(split="train") if stream else builder.as_dataset(split="train")
     row = next(iter(dataset), {})  # a stream may not know its columns before
     if "text" not in row:
         raise ValueError(f"it has no column 'text' but {', '.join(row) or 'nothing at all'}")
@@ -397,10 +407,11 @@ def main(argv=None):
     else:
         print(f"{args.out} holds {progress['shards']} whole shards: going on after them", file=sys.stderr)
 
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     HTTPError = HfHubHTTPError.__bases__[0]  # of the library that it asks with, which changes
+    network = (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)  # what may be at fault then
 
     def write(pool, dataset):
         """Write what progress says isn't there yet."""
@@ -433,24 +444,30 @@ def main(argv=None):
                     bar.close()  # which ends its line
                     fail(f"--out {args.out}: {getattr(e, 'strerror', e)}")
 
+    builder = None
     waits = []  # seconds, since a shard was written
     try:
         with mp.Pool(args.workers, start_worker, [gpt2_encoding()]) as pool:
             while not progress["done"]:
                 before = progress["shards"]
                 try:
-                    write(pool, load(args))
+                    builder = builder or find(args)
+                    write(pool, load(builder, args.stream))
                     progress["done"] = True
                 except (OSError, ValueError, DatasetsError, HTTPError) as e:
-                    fault = e.__cause__ or e if isinstance(e, DatasetsError) else e  # its own text is "An error occurred"
+                    # its own text is "An error occurred"
+                    fault = e.__cause__ or e if isinstance(e, DatasetGenerationError) else e
+                    if type(fault) is OSError and fault.__suppress_context__:  # or, for any OSError, "Cannot find data file"
+                        fault = fault.__context__
                     problem = f"{source}: {(str(fault) or repr(fault)).splitlines()[0]}"
                     status = getattr(getattr(fault, "response", None), "status_code", None)
                     # a server that is busy, or a network that was there before, may be well again soon
-                    passing = status in (429, 500, 502, 503, 504) or not status and progress["shards"]
+                    passing = status in (429, 500, 502, 503, 504) or (
+                        not status and isinstance(fault, network) and (builder or progress["shards"]))
                     waits = [] if progress["shards"] > before else waits
-                    if args.files or not passing or not isinstance(fault, (OSError, HTTPError)) or len(waits) == 5:
+                    if args.files or not passing or len(waits) == 20:
                         fail(problem)
-                    waits.append(2 ** len(waits))
+                    waits.append(min(2 ** len(waits), 60))
                     print(f"{problem}; trying again in {waits[-1]} s", file=sys.stderr)
                     time.sleep(waits[-1])
     except KeyboardInterrupt:

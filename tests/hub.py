@@ -65,6 +65,9 @@ class Handler(BaseHTTPRequestHandler):
                 fault = self.server.faults.pop(0)
                 if fault == "503":
                     return self.send(b"", status=503)
+                if fault == "gone":
+                    self.close_connection = True
+                    return
                 if fault == "cut":
                     return self.send(file.read_bytes(), etag=match[1].replace("/", "-"), cut=True)
             if match[1] == "README.md" or file.is_file():
@@ -102,14 +105,15 @@ class Handler(BaseHTTPRequestHandler):
 
 def environment(folder, faults=()):
     """Serve the documents from folder, an empty one; return the environment in which `datasets` finds them."""
-    address = serve(make_parquet(folder / "hub", make_documents()), list(faults))
+    address = serve(make_parquet(folder / "hub", make_documents()), faults)
     return dict(os.environ, HF_ENDPOINT=address, HF_HOME=str(folder / "cache"))
 
 
 def serve(folder, faults=()):
     """Serve the files of folder in a thread of this process; return the address.
 
-    faults: what befalls the first requests for parquet files, one after another: 503, cut (after half), or none.
+    faults: what befalls the first requests for parquet files, one after another: 503, gone (no answer),
+    cut (after half), or none. A list may be changed meanwhile.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.folder, server.faults = folder, faults

@@ -404,14 +404,31 @@ def test_other_settings_do_not_go_on(tmp_path, monkeypatch, capsys, flags, line)
     assert capsys.readouterr().err.startswith(f"fineweb.py: --out edu_fineweb10B: {line}")
 
 
-@pytest.mark.parametrize("faults, retries", [(["503"], 1), (["503", "503", "none", "cut"], 2)])
-def test_a_network_that_fails_for_a_while(tmp_path, faults, retries):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "fineweb.py"), "--shard_size", "100000"], cwd=tmp_path,
-                          env=hub.environment(tmp_path, faults), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    waits = re.findall(r"^fineweb.py: |^HuggingFaceFW/fineweb-edu: .*503.*; trying again in (\d) s$", done.stderr, re.M)
-    assert waits == ["1", "2"][:retries]
+def test_a_network_that_fails_for_a_while(tmp_path):
+    faults = ["503", "none", *["gone"] * 99]  # all before the first shard
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), "--shard_size", "100000"], cwd=tmp_path,
+                               env=hub.environment(tmp_path, faults), stderr=subprocess.PIPE, text=True)
+    waits = []
+    for line in process.stderr:
+        if wait := re.search(r"^HuggingFaceFW/fineweb-edu: .*; trying again in (\d) s$", line):
+            waits.append(wait[1])
+            if len(waits) == 2:  # huggingface_hub's own tries were in vain: the network comes back
+                faults[:] = ["cut"]
+    assert process.wait(100) == 0 and waits == ["1", "2"]
     assert np.array_equal(read(tmp_path / "edu_fineweb10B", 100_000), expected(hub.make_documents()))
+
+
+@pytest.mark.parametrize("fault, line", [
+    ("builder.has_sufficient_disk_space = lambda *args, **kwargs: False", "Not enough disk space. "),
+    ("def full(*args, **kwargs): raise OSError(28, 'No space left on device')\n"
+     "datasets.arrow_writer.ArrowWriter.write_table = full", "[Errno 28] No space left on device")])
+def test_a_disk_too_small_for_the_download(tmp_path, fault, line):
+    (tmp_path / "probe.py").write_text(f"import datasets, fineweb\nfrom datasets import builder\n{fault}\n"
+                                       "if __name__ == '__main__': fineweb.main()")
+    done = subprocess.run([sys.executable, "probe.py"], cwd=tmp_path, env=dict(hub.environment(tmp_path), PYTHONPATH=ROOT),
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"probe.py: HuggingFaceFW/fineweb-edu: {line}")
+    assert "trying again" not in done.stderr
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
