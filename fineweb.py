@@ -334,16 +334,20 @@ def load_data(path, enc):
     return Shards([tokens[:train]], enc.n_vocab), Shards([tokens[train:]], enc.n_vocab)
 
 
-def find(args):
+def find(args, revision):
     """Return the builder, in the sense of `datasets`, of the data that args, the command line's, name.
 
     It asks the hub for a list of files, and downloads none yet; where it gets no answer, it may do with what was downloaded
-    before. Raises what `datasets` raises.
+    before. revision: which version, the newest if None. Raises what `datasets` raises, ConnectionError where it has only
+    another version.
     """
     from datasets import load_dataset_builder  # slow to import, and needed only here
 
     if not args.files:
-        return load_dataset_builder(args.dataset, name=args.name)
+        builder = load_dataset_builder(args.dataset, name=args.name, revision=revision)
+        if revision not in (None, builder.hash):
+            raise ConnectionError(f"its version {revision} can't be had now, only {builder.hash}, which was downloaded before")
+        return builder
     kind = KINDS[os.path.splitext(args.files[0])[1]]
     whole = dict(sample_by="document") if kind == "text" else {}  # a file is a document, not each of its lines
     return load_dataset_builder(kind, data_files=args.files, **whole)
@@ -451,7 +455,9 @@ def main(argv=None):
             while not progress["done"]:
                 before = progress["shards"]
                 try:
-                    builder = builder or find(args)
+                    builder = builder or find(args, progress.get("revision"))
+                    if builder.repo_id:  # it is of the hub; to go on with this version, even if there is a newer one then
+                        progress["revision"] = builder.hash
                     write(pool, load(builder, args.stream))
                     progress["done"] = True
                 except (OSError, ValueError, DatasetsError, HTTPError) as e:

@@ -48,17 +48,24 @@ def make_parquet(folder, documents, files=3):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    newest = SHA  # the revision that is called main; there are files at SHA alone
+    down = "nothing"  # the file for which there is no answer
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         folder = self.server.folder
-        if match := re.fullmatch(f"/api/datasets/{NAME}/tree/[^/]+/?(.*)", path):
+        if path.endswith(self.down):
+            self.close_connection = True
+        elif self.newest != SHA and re.search(f"/(tree|resolve)/(main|{self.newest})/", path):
+            self.send(b"", status=404, error="EntryNotFound")
+        elif match := re.fullmatch(f"/api/datasets/{NAME}/tree/[^/]+/?(.*)", path):
             entries = (folder / match[1]).rglob("*") if "recursive=true" in self.path else (folder / match[1]).iterdir()
             self.send(json.dumps([dict(type="directory" if entry.is_dir() else "file", oid=entry.name,
                                        path=entry.relative_to(folder).as_posix(), size=entry.stat().st_size)
                                   for entry in sorted(entries)]).encode())
         elif path.startswith(f"/api/datasets/{NAME}"):
-            self.send(json.dumps(dict(id=NAME, sha=SHA, siblings=[], tags=[], private=False, downloads=0)).encode())
+            sha = SHA if path.endswith(SHA) else self.newest
+            self.send(json.dumps(dict(id=NAME, sha=sha, siblings=[], tags=[], private=False, downloads=0)).encode())
         elif match := re.fullmatch(f"/datasets/{NAME}/resolve/[^/]+/(.*)", path):
             file = folder / match[1]
             if self.command == "GET" and match[1].endswith(".parquet") and self.server.faults:

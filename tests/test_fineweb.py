@@ -431,6 +431,37 @@ def test_a_disk_too_small_for_the_download(tmp_path, fault, line):
     assert "trying again" not in done.stderr
 
 
+def test_it_goes_on_with_the_revision_it_began_with(tmp_path, monkeypatch):
+    environment, out = hub.environment(tmp_path), tmp_path / "edu_fineweb10B"
+    command = [sys.executable, os.path.join(ROOT, "fineweb.py"), "--shard_size", "2000", "--stream"]
+    monkeypatch.setattr(hub.Handler, "down", "001_00000.parquet")  # there it waits to be killed
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    while not (out / "edufineweb_train_000002.npy").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    progress = json.loads((out / "progress.json").read_text().splitlines()[0])
+    assert progress["revision"] == hub.SHA and not progress["done"]
+    monkeypatch.setattr(hub.Handler, "down", "nothing")
+    monkeypatch.setattr(hub.Handler, "newest", "f" * 40)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "going on after them" in done.stderr
+    assert np.array_equal(read(out, 2000), expected(hub.make_documents()))
+    # a hub that can't be reached, and another version that was downloaded before: wait for the hub
+    monkeypatch.setattr(hub.Handler, "newest", hub.SHA)
+    subprocess.run([*command[:2], "--shard_size", "100000", "--out", "downloaded"], cwd=tmp_path, env=environment, check=True,
+                   stderr=subprocess.DEVNULL)
+    fineweb.write_progress(out, progress | dict(revision="e" * 40))
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment | dict(HF_HUB_OFFLINE="1"),
+                               stderr=subprocess.PIPE, text=True)
+    line = next((line for line in process.stderr if "trying again" in line), None)
+    process.kill()
+    process.communicate()
+    assert line == (f"HuggingFaceFW/fineweb-edu: its version {'e' * 40} can't be had now, only {hub.SHA}, which was downloaded "
+                    "before; trying again in 1 s\n")
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
