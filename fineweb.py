@@ -325,7 +325,7 @@ def load_data(path, enc):
         raise ValueError(f"there is no such file or folder in {os.getcwd()}; start in the folder that holds it")
     try:
         with open(path, encoding="utf-8") as f:
-            tokens = np.array(enc.encode_ordinary(f.read()), dtype=np.uint16)
+            tokens = enc.encode_to_numpy(f.read(), disallowed_special=()).astype(np.uint16)  # <|endoftext|> is a text too
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     if len(tokens) < 20:

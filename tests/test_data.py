@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -26,6 +27,18 @@ def test_input_txt():
         text = f.read()
     assert enc.decode(tokens.tolist()) == text
     assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n")
+
+
+def test_a_text_becomes_tokens_in_little_memory(tmp_path):
+    enc, path = gpt2_encoding(), tmp_path / "my.txt"
+    text = open(INPUT, encoding="utf-8").read() + "<|endoftext|>"  # which is text, here
+    path.write_text(text, encoding="utf-8")
+    tracemalloc.start()
+    train, val = fineweb.load_data(str(path), enc)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * path.stat().st_size  # a Python list of numbers would be more than twice that
+    assert [*train[: len(train)], *val[: len(val)]] == enc.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("content, line", [
