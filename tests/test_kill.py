@@ -1,11 +1,12 @@
 """Runs that are killed, as by a power cut, and go on: in the end nothing shows of it.
 
-    python tests/test_kill.py 50    # so many kills at random moments, and a fifth as many within a save
+    python tests/test_kill.py 50    # so many kills at random moments, a fifth as many within a save
 """
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -15,15 +16,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-context = multiprocessing.get_context("forkserver")  # a process that has imported torch, and forks those that train
-context.set_forkserver_preload(["train_gpt2", "torch._dynamo"])  # which AdamW would import
-FLAGS = "--data text.txt --no-compile --model laptop --batch_size 2 --seq_len 16 --total_batch_size 64 --max_steps 16 --max_lr 1e-2 " \
-        "--warmup_steps 2 --dtype float32 --device cpu --eval_interval 4 --val_tokens 200 --sample_interval 0 " \
-        "--checkpoint_interval 4"
+# A process that has imported torch, and forks those that train: each start takes no time.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["train_gpt2", "torch._dynamo"])  # AdamW would import the second
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16)
+FLAGS = (
+    "--data text.txt --no-compile --model laptop --batch_size 2 --seq_len 16 "
+    "--total_batch_size 64 --max_steps 16 --max_lr 1e-2 --warmup_steps 2 --dtype float32 "
+    "--device cpu --eval_interval 4 --val_tokens 200 --sample_interval 0 --checkpoint_interval 4"
+)
 
 
 def train(folder, flags, slow=0.1):
-    """Be a process that trains a small model in folder, and takes `slow` seconds more in the midst of each save."""
+    """Be a process that trains a small model in folder, `slow` seconds longer in each save."""
     os.chdir(folder)
     sys.stdout = sys.stderr = open("out.txt", "a", buffering=1)
     import train_gpt2
@@ -40,8 +45,9 @@ def train(folder, flags, slow=0.1):
         save(state, f)
 
     train_gpt2.torch.save = save_slowly
-    train_gpt2.SIZES["laptop"] = dict(n_layer=2, n_head=2, n_embd=16)
-    train_gpt2.main(train_gpt2.parse_flags((FLAGS + flags).split()))
+    train_gpt2.MODEL_SIZES["laptop"] = SHAPE
+    given, options = train_gpt2.parse_flags((FLAGS + flags).split())
+    train_gpt2.main(given, options.resume)
 
 
 def start(folder, flags=""):
@@ -56,28 +62,37 @@ def finish(process):
 
 
 def result(folder):
-    """Return what a finished run leaves: its log, and the bytes of its weights and of AdamW's averages."""
+    """Return what a finished run leaves: its log, the bytes of its weights, AdamW's averages."""
     checkpoint = torch.load(folder / "log" / "model_00016.pt")
-    tensors = [*checkpoint["model"].values(), *(t for s in checkpoint["optimizer"]["state"].values() for t in s.values())]
+    tensors = list(checkpoint["model"].values())
+    for state in checkpoint["optimizer"]["state"].values():
+        tensors += state.values()
     return [(folder / "log" / "log.txt").read_bytes()] + [t.numpy().tobytes() for t in tensors]
 
 
 def make_folder(folder):
     folder.mkdir()
-    (folder / "text.txt").write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
     return folder
 
 
-def state(folder):
+def checkpoints(folder):
+    return list((folder / "log").glob("model_*.pt"))
+
+
+def moment(folder):
     """Return what a run that was just killed in folder was at."""
-    names = os.listdir(folder / "log") if (folder / "log").exists() else []
-    if any(name.endswith(".pt.tmp") for name in names):
+    if list((folder / "log").glob("*.pt.tmp")):
         return "a save"
-    return "a step" if any(name.endswith(".pt") for name in names) else "the beginning"
+    return "a step" if checkpoints(folder) else "the beginning"
 
 
 def kill_and_go_on(folder, seconds=None):
-    """Start a run in folder, kill it after so many seconds, or within a save, and let it end; return where it was."""
+    """Start a run in folder, kill it, and let it end; return where it was.
+
+    It is killed after so many seconds, or with None within a save.
+    """
     shutil.rmtree(folder / "log", ignore_errors=True)
     process = start(folder)
     if seconds is None:
@@ -89,8 +104,8 @@ def kill_and_go_on(folder, seconds=None):
     time.sleep(seconds)
     process.kill()
     process.join()
-    found = state(folder)
-    finish(start(folder, " --resume" if (folder / "log" / "log.txt").exists() else ""))
+    found = moment(folder)
+    finish(start(folder, " --resume" if checkpoints(folder) else ""))
     return found
 
 
@@ -103,8 +118,8 @@ def unbroken(folder):
 
 def test_kill_it_anywhere(tmp_path):
     random.seed(0)
-    whole, _ = unbroken(make_folder(tmp_path / "whole"))
-    whole, seconds = unbroken(tmp_path / "whole")  # the first one waited for the imports
+    unbroken(make_folder(tmp_path / "whole"))  # the first one waits for the imports
+    whole, seconds = unbroken(tmp_path / "whole")
     folder = make_folder(tmp_path / "killed")
     found = []
     for part in range(5):  # of the run's time, so that its beginning and its end are met too
@@ -120,19 +135,43 @@ def test_kill_it_while_it_saves(tmp_path):
     for _ in range(3):
         assert kill_and_go_on(folder) == "a save"
         assert result(folder) == whole
-        assert not [name for name in os.listdir(folder / "log") if name.endswith((".tmp", ".damaged"))]
+        assert not list((folder / "log").glob("*.tmp"))
+
+
+def test_a_second_run_in_the_folder_does_the_first_no_harm(tmp_path):
+    whole, _ = unbroken(make_folder(tmp_path / "whole"))
+    folder = make_folder(tmp_path / "shared")
+    first = start(folder)
+    while not (folder / "log" / "model_00004.pt").exists():
+        assert first.is_alive()
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)  # it is there, and does nothing
+    before = (folder / "out.txt").read_text()
+    for flags in ("", " --resume"):
+        second = start(folder, flags)
+        second.join(100)
+        assert second.exitcode == 2
+    os.kill(first.pid, signal.SIGCONT)
+    finish(first)
+    refused = [line for line in (folder / "out.txt").read_text().splitlines()
+               if "--log_dir log: " in line]
+    assert len(refused) == 2 and "--log_dir" not in before
+    assert result(folder) == whole
 
 
 if __name__ == "__main__":
     kills = int(sys.argv[1])
-    with tempfile.TemporaryDirectory() as folder:
-        whole, _ = unbroken(make_folder(Path(folder, "whole")))
-        whole, seconds = unbroken(Path(folder, "whole"))
-        killed = make_folder(Path(folder, "killed"))
+    with tempfile.TemporaryDirectory() as name:
+        unbroken(make_folder(Path(name, "whole")))
+        whole, seconds = unbroken(Path(name, "whole"))
+        killed = make_folder(Path(name, "killed"))
         for kind, times in (("random moments", kills), ("saves", kills // 5)):
-            equal, found = 0, []
+            equal = 0
+            found = []
             for _ in range(times):
-                found.append(kill_and_go_on(killed, random.uniform(0, seconds) if kind == "random moments" else None))
+                wait = random.uniform(0, seconds) if kind == "random moments" else None
+                found.append(kill_and_go_on(killed, wait))
                 equal += result(killed) == whole
             counts = ", ".join(f"{found.count(place)} in {place}" for place in sorted(set(found)))
-            print(f"{times} kills at {kind} ({counts}): {equal} of {times} ended with the unbroken run's log and weights")
+            print(f"{times} kills at {kind} ({counts}): {equal} of {times} ended with the "
+                  "unbroken run's log and weights")

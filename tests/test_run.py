@@ -1,497 +1,683 @@
-"""What a run does beside training: the validation loss, samples, HellaSwag, the log, checkpoints, resuming."""
+"""What a run does beside training: evaluations, the log, checkpoints, and going on from them."""
+import errno
+import gc
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import hub
 import numpy as np
 import pytest
 import torch
-from conftest import damaged
+from conftest import EXAMPLES, ROOT, SHAPE, SMALL, damaged, flags, losses, val_losses
+from filelock import FileLock
 
 import fineweb
 import hellaswag
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, TrainConfig, evaluate, gpt2_encoding, load_checkpoint, main
+from fineweb import gpt2_encoding
+from train_gpt2 import GPT, GPTConfig, evaluate, load_checkpoint, main
 
-INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
-
-
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    """Run each test in an empty folder, with a text and with a model that learns it in no time."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_gpt2.SIZES, "laptop", dict(n_layer=2, n_head=2, n_embd=16))
-    with open(INPUT, encoding="utf-8") as f:
-        (tmp_path / "text.txt").write_text(f.read(20_000), encoding="utf-8")
+LOG = Path("log/log.txt")
 
 
-def train(capsys, **settings):
-    """Train the small model as settings say; return (the model, all that was printed, without the times)."""
-    cfg = dict(data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6, max_lr=1e-2,
-               warmup_steps=1, dtype="float32", device="cpu", eval_interval=0, sample_interval=0,
-               checkpoint_interval=0)
-    capsys.readouterr()
-    model = main(TrainConfig(**(cfg | settings)))
-    return model, re.sub(r"dt: .*|at this pace.*\n", "", capsys.readouterr().out)
+def text_tokens():
+    """Return the tokens of text.txt: (those to train on, those to validate on)."""
+    tokens = gpt2_encoding().encode_ordinary(Path("text.txt").read_text(encoding="utf-8"))
+    split = len(tokens) * 9 // 10
+    return np.array(tokens[:split]), np.array(tokens[split:])
 
 
-def losses(out):
-    return re.findall(r"^step +\d+ \| loss: (\S+)", out, re.M)
+def take_examples(n):
+    """Put n of HellaSwag's examples where a run looks for them; return them as a run reads them."""
+    lines = Path(EXAMPLES).read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("hellaswag_val.jsonl").write_text("".join(lines[:n]), encoding="utf-8")
+    return hellaswag.load_examples(gpt2_encoding())
+
+
+def same(model, other):
+    """Tell whether two models have the same weights, to the last bit."""
+    pairs = zip(model.parameters(), other.parameters())
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def files(folder):
+    """Return the names in folder, sorted, without the lock."""
+    return sorted(name for name in os.listdir(folder) if name != ".lock")
+
+
+def spoil(path):
+    """Flip a bit in the middle of a file."""
+    data = bytearray(Path(path).read_bytes())
+    data[len(data) // 2] ^= 1
+    Path(path).write_bytes(data)
+
+
+# -----------------------------------------------------------------------------
+# Evaluations
 
 
 @pytest.mark.parametrize("B, T", [(1, 16), (3, 16), (4, 8)])
 def test_validation_loss_is_that_of_every_token_once(B, T):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=16))
-    tokens = np.random.default_rng(0).integers(100, size=103).astype(np.uint16)  # 102 to predict: no multiple of T
+    model = GPT(GPTConfig(**SHAPE, block_size=16, vocab_size=100))
+    tokens = np.random.default_rng(0).integers(100, size=103).astype(np.uint16)
     total = 0.0
-    for start in range(0, 102, T):  # a row at a time, without a batch
+    for start in range(0, 102, T):  # 102 to predict: no multiple of T
         row = torch.from_numpy(tokens[start : start + T + 1].astype(np.int64))
         with torch.no_grad():
             logits, _ = model(row[None, :-1])
-        total -= sum(logits[0, i].log_softmax(-1)[row[i + 1]].item() for i in range(len(row) - 1))
-    assert evaluate(model, tokens, B, T, "float32") == pytest.approx(total / 102, abs=1e-5)
+        logprobs = logits[0].log_softmax(-1)
+        total -= logprobs.gather(1, row[1:, None]).sum().item()
+    assert evaluate(model, tokens, B, T) == pytest.approx(total / 102, abs=1e-5)
 
 
 def test_validation_on_less_than_a_row():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(**SHAPE, block_size=16))
     tokens = np.array([464, 3290, 318], dtype=np.uint16)
     _, loss = model(torch.tensor([[464, 3290]]), torch.tensor([[3290, 318]]))
-    assert evaluate(model, tokens, 2, 16, "float32") == pytest.approx(loss.item(), abs=1e-6)
+    assert evaluate(model, tokens, 2, 16) == pytest.approx(loss.item(), abs=1e-6)
 
 
-def test_bits_per_byte(capsys):
-    model, out = train(capsys, eval_interval=4, max_steps=6)
-    found = re.findall(r"^step +(\d+) \| val loss: (\d+\.\d{6}) \| bits per byte: (\d+\.\d{4})$", out, re.M)
+def test_bits_per_byte_and_the_log(train):
+    model, out = train(eval_interval=4)
+    pattern = r"^step +(\d+) \| val loss: (\d+\.\d{6}) \| bits per byte: (\d+\.\d{4})$"
+    found = re.findall(pattern, out, re.M)
     assert [int(step) for step, _, _ in found] == [0, 4, 6]  # and after the last update
-    with open("text.txt", encoding="utf-8") as f:
-        text = f.read()
-    tokens = gpt2_encoding().encode_ordinary(text)
-    val = tokens[len(tokens) * 9 // 10 :]
-    size = len(gpt2_encoding().decode_bytes(val[1:]))
+    _, val = text_tokens()
+    size = len(gpt2_encoding().decode_bytes(val[1:].tolist()))
     assert size > 1500
     for _, loss, bits in found:
-        assert float(bits) == pytest.approx(float(loss) / math.log(2) * (len(val) - 1) / size, abs=1e-4)
-    assert float(found[2][1]) == pytest.approx(evaluate(model, np.array(val), 7, 16, "float32"), abs=1e-5)
+        expected = float(loss) / math.log(2) * (len(val) - 1) / size
+        assert float(bits) == pytest.approx(expected, abs=1e-4)
+    assert float(found[2][1]) == pytest.approx(evaluate(model, val, 7, 16), abs=1e-5)
     assert float(found[2][1]) < float(found[0][1]) - 0.2
 
+    printed = re.findall(r"^step +(\d+) \| (val )?loss: (\d+\.\d{6})", out, re.M)
+    lines = [f"{step} {'val' if val else 'train'} {loss}\n" for step, val, loss in printed]
+    assert LOG.read_text() == "".join(lines)
+    assert len(lines) == 6 + 3
 
-def test_end_of_text_has_no_bytes(capsys):
+
+def test_end_of_text_has_no_bytes(train):
     os.mkdir("shards")
-    tokens = np.array([50256, 464, 3290, 50256, 464, 3797] * 50, dtype=np.uint16)  # The dog, The cat
-    for i in range(2):
-        fineweb.write_shard("shards", i, tokens)
-    _, out = train(capsys, data="shards", eval_interval=1, max_steps=1)
+    document = [50256, 464, 3290, 50256, 464, 3797]  # The dog, The cat
+    for number in range(2):
+        fineweb.write_shard("shards", number, np.array(document * 50, dtype=np.uint16))
+    _, out = train(data="shards", eval_interval=1, max_steps=1)
     loss, bits = re.search(r"val loss: (\S+) \| bits per byte: (\S+)", out).groups()
     size = 50 * len("The dogThe cat")
     assert float(bits) == pytest.approx(float(loss) / math.log(2) * 299 / size, abs=1e-4)
 
 
-def test_a_damaged_validation_shard_is_one_line(capsys, tmp_path):
+def test_a_damaged_validation_shard_is_one_line(train, fails):
     os.mkdir("shards")
-    for i in range(2):
-        fineweb.write_shard("shards", i, np.arange(500, dtype=np.uint16))
-    path = tmp_path / "shards" / "edufineweb_val_000000.npy"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(SystemExit) as end:
-        train(capsys, data="shards", eval_interval=1)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("train_gpt2.py: --data shards: edufineweb_val_000000.npy is damaged: ")
+    for number in range(2):
+        fineweb.write_shard("shards", number, np.arange(500, dtype=np.uint16))
+    spoil("shards/edufineweb_val_000000.npy")
+    message = fails(train, data="shards", eval_interval=1)
+    assert "--data shards" in message and "edufineweb_val_000000.npy" in message
 
 
-def test_val_tokens_limits_the_measurement(capsys):
-    model, out = train(capsys, eval_interval=6, val_tokens=50)
-    tokens = gpt2_encoding().encode_ordinary(open("text.txt", encoding="utf-8").read())
-    val = np.array(tokens[len(tokens) * 9 // 10 :][:51])
-    assert f"val loss: {evaluate(model, val, 2, 16, 'float32'):.6f}" in out
+def test_val_tokens_limits_the_measurement(train):
+    model, out = train(eval_interval=6, val_tokens=50)
+    _, val = text_tokens()
+    assert val_losses(out)[-1] == f"{evaluate(model, val[:51], 2, 16):.6f}"
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_evaluation_and_samples_change_nothing(capsys, compiler, compile):
-    model, out = train(capsys, compile=compile)
-    other, with_all = train(capsys, compile=compile, eval_interval=1, sample_interval=1)
+def test_evaluations_change_nothing(train):
+    examples = take_examples(20)
+    model, out = train()
+    intervals = dict(eval_interval=1, sample_interval=4, hellaswag_interval=4)
+    other, with_all = train(**intervals)
+    assert same(model, other)
     assert losses(with_all) == losses(out) and len(losses(out)) == 6
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
-    assert with_all.count("val loss") == 7 and with_all.count("\n> Hello, I'm a language model,") == 28
+    assert len(val_losses(with_all)) == 7
 
+    texts = train_gpt2.sample(model, "Hello, I'm a language model,")
+    assert len(set(texts)) == 4
+    assert with_all.endswith("".join(f"> {text}\n" for text in texts))
+    assert with_all.count("\n> Hello, I'm a language model,") == 12  # at 0, 4 and 6
 
-def test_samples_are_the_models(capsys):
-    model, out = train(capsys, sample_interval=4)
-    texts = train_gpt2.sample(model, gpt2_encoding(), "Hello, I'm a language model,")
-    assert out.endswith("".join(f"> {text}\n" for text in texts)) and len(set(texts)) == 4
-    assert out.count("\n> Hello, I'm a language model,") == 12  # at 0, 4 and 6
-
-
-EXAMPLES = os.path.join(os.path.dirname(__file__), "hellaswag.jsonl")
-
-
-def test_hellaswag_in_a_run(capsys):
-    with open(EXAMPLES, encoding="utf-8") as source, open("hellaswag_val.jsonl", "w", encoding="utf-8") as f:
-        f.writelines(source.readlines()[:20])
-    examples = hellaswag.read_examples()
-    plain, out = train(capsys)
-    model, with_hellaswag = train(capsys, hellaswag_interval=4)
-    found = re.findall(r"^step +(\d+) \| HellaSwag: (\d+) of 20 right = (\d\.\d{4})$", with_hellaswag, re.M)
+    pattern = r"^step +(\d+) \| HellaSwag: (\d+) of 20 right = (\d\.\d{4})$"
+    found = re.findall(pattern, with_all, re.M)
     assert [int(step) for step, _, _ in found] == [0, 4, 6]
-    right = hellaswag.count_right(model, gpt2_encoding(), examples)[1]
-    assert (int(found[2][1]), float(found[2][2])) == (right, round(right / 20, 4))
-    assert losses(with_hellaswag) == losses(out)
+    right = hellaswag.count_right(model, examples)[1]
+    assert found[2] == ("6", str(right), f"{right / 20:.4f}")
+    assert f"\n6 hella {right / 20:.6f}\n" in LOG.read_text()
 
 
-def test_no_evaluation_makes_it_compile_again(capsys, compiler):
-    from torch._dynamo.utils import counters
-
-    with open(EXAMPLES, encoding="utf-8") as source, open("hellaswag_val.jsonl", "w", encoding="utf-8") as f:
-        f.writelines(source.readlines()[:3])
-    torch._dynamo.reset()
-    counters.clear()
-    train(capsys, compile=True, max_steps=3, eval_interval=1, hellaswag_interval=1, sample_interval=1, checkpoint_interval=1)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["recompiles"]  # can_compile's trial; the model
-
-
-def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(capsys, monkeypatch):
-    def download():
+def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(train, fails, monkeypatch):
+    def download(*args):
         raise OSError("no way there")
     monkeypatch.setattr(hellaswag, "download", download)
-    with pytest.raises(SystemExit) as end:
-        train(capsys, hellaswag_interval=4)
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and "| loss" not in out
-    assert err == "train_gpt2.py: --hellaswag_interval 4 (0 does without HellaSwag): no way there\n"
-
-
-def test_the_log(capsys, tmp_path):
-    _, out = train(capsys, eval_interval=4)
-    printed = re.findall(r"^step +(\d+) \| (val )?loss: (\d+\.\d{6})", out, re.M)
-    assert (tmp_path / "log" / "log.txt").read_text() == "".join(
-        f"{step} {'val' if val else 'train'} {loss}\n" for step, val, loss in printed)
-    assert len(printed) == 6 + 3
-
-
-def test_an_earlier_run_is_kept(capsys, tmp_path):
-    logs = []
-    for seed in (1, 2, 3):
-        _, out = train(capsys, seed=seed, max_steps=1)
-        logs.append((tmp_path / "log" / "log.txt").read_bytes())
-    assert "log held an earlier run, which is in log.2 now\n" in out
-    assert [(tmp_path / name / "log.txt").read_bytes() for name in ("log.1", "log.2", "log")] == logs
-    assert len(set(logs)) == 3
-
-
-def test_a_log_folder_that_cannot_be_written(capsys, tmp_path):
-    with pytest.raises(SystemExit) as end:
-        train(capsys, log_dir="text.txt/log")
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and "| loss" not in out
-    assert err == "train_gpt2.py: --log_dir text.txt/log: Not a directory\n"
-
-
-def test_a_checkpoint_needs_nothing_of_ours(capsys, tmp_path):
-    model, out = train(capsys, checkpoint_interval=4)
-    assert sorted(os.listdir("log")) == ["log.txt", "model_00000.pt", "model_00004.pt", "model_00006.pt"]  # the last one too
-    assert "step     6 | saved log/model_00006.pt\n" in out
-    (tmp_path / "read.py").write_text(
-        "import sys, torch\n"
-        "checkpoint = torch.load('log/model_00006.pt')\n"
-        "assert 'train_gpt2' not in sys.modules\n"
-        "print(checkpoint['step'], checkpoint['model_config'], *checkpoint['model'])\n")
-    done = subprocess.run([sys.executable, "-P", "read.py"], capture_output=True, text=True, timeout=100)
-    assert done.stdout == f"6 {train_gpt2.asdict(model.config)} {' '.join(model.state_dict())}\n", done.stderr
-    loaded, _ = load_checkpoint("log/model_00006.pt")
-    assert loaded.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
-
-
-def test_a_run_from_a_checkpoint(capsys):
-    model, _ = train(capsys, checkpoint_interval=6)
-    _, out = train(capsys, init_from="log/model_00006.pt", log_dir="log2", max_lr=1e-30, eval_interval=6)
-    tokens = gpt2_encoding().encode_ordinary(open("text.txt", encoding="utf-8").read())
-    val = np.array(tokens[len(tokens) * 9 // 10 :])
-    assert f"step     0 | val loss: {evaluate(model, val, 2, 16, 'float32'):.6f}" in out
-
-
-def test_hellaswag_py_scores_a_checkpoint(capsys):
-    model, _ = train(capsys, checkpoint_interval=6)
-    hellaswag.main(["-m", "log/model_00006.pt", "--data", EXAMPLES, "--limit", "20", "-d", "cpu"])
-    right = hellaswag.count_right(model, gpt2_encoding(), hellaswag.read_examples(EXAMPLES)[:20])
-    assert [f"{n / 20:.4f}" for n in right] == re.findall(r"(\d\.\d{4}) \+-", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("way", ["flipped", "cut", "empty", "text", "other", "gone"])
-def test_a_damaged_checkpoint_is_one_line(capsys, way):
-    train(capsys, checkpoint_interval=6, max_steps=1)
-    path = "log/model_00001.pt"
-    data = bytearray(open(path, "rb").read())
-    data[len(data) // 2] ^= 1
-    damaged = dict(flipped=data, cut=data[: len(data) // 2], empty=b"", text=b"To be, or not to be")
-    if way in damaged:
-        open(path, "wb").write(damaged[way])
-    elif way == "other":
-        torch.save({"weights": torch.zeros(3)}, path)
-    else:
-        os.remove(path)
-    for run in (lambda: train(capsys, init_from=path, log_dir="log2"),
-                lambda: hellaswag.main(["-m", path, "--data", EXAMPLES, "-d", "cpu"])):
-        with pytest.raises(SystemExit) as end:
-            run()
-        err = capsys.readouterr().err
-        assert end.value.code == 2 and err.count("\n") == 1 and path in err
-        assert way == "gone" or "is damaged, or no checkpoint of train_gpt2.py" in err
-    assert not os.path.exists("log2")
-
-
-EVERYTHING = dict(eval_interval=3, sample_interval=10, checkpoint_interval=1, keep_checkpoints=100, val_tokens=200)
-
-
-def resume_each(capsys, settings, steps):
-    """Train, then go on from the checkpoints after steps, as if the run had stopped there: all has to be the same."""
-    model, whole = train(capsys, **EVERYTHING, **settings)
-    shutil.copytree("log", "whole")
-    last = torch.load(max(f"whole/{name}" for name in os.listdir("whole") if name.endswith(".pt")))
-    for k in steps:
-        shutil.rmtree("log")
-        shutil.copytree("whole", "log")  # its log is longer than it was at step k
-        for name in os.listdir("log"):
-            if name.endswith(".pt") and int(name[6:-3]) > k:
-                os.remove(f"log/{name}")
-        capsys.readouterr()
-        resumed = main(TrainConfig(resume=True))
-        out = re.sub(r"dt: .*|(at this pace|device:).*\n", "", capsys.readouterr().out)
-        assert open("log/log.txt").read() == open("whole/log.txt").read()
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
-        assert f"going on from log/model_{k:05d}.pt: {k} of {last['step']} updates are done\n" in out
-        saved = f"step {k:5d} | saved log/model_{k:05d}.pt\n"
-        assert out.split("updates are done\n")[1] == whole.split(saved)[1]  # the same losses, samples, evaluations
-        again = torch.load(f"log/model_{last['step']:05d}.pt")
-        assert again["position"] == last["position"]
-        states = [torch.cat([v.flatten() for state in c["optimizer"]["state"].values() for v in state.values()])
-                  for c in (again, last)]
-        assert torch.equal(*states)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_resume_over_shards(capsys, shuffle):
-    fineweb.start_worker(gpt2_encoding())
-    texts = [fineweb.tokenize([text])[0] for text in hub.make_documents(20)]
-    os.mkdir("shards")
-    for i, (shard, _, _) in enumerate(fineweb.cut(texts, 300)):
-        fineweb.write_shard("shards", i, shard)
-    _, out = train(capsys, data="shards", max_steps=1, shuffle=shuffle)
-    per_epoch = int(re.search(r"1 epoch = (\d+)\.0 updates", out)[1])
-    assert 20 < per_epoch < 40
-    # 300 tokens are 4.7 updates of 64: stops within a shard, just after the update that crosses its end, and around the
-    # epoch's end
-    resume_each(capsys, dict(data="shards", shuffle=shuffle, max_steps=per_epoch + 4), [2, 5, per_epoch - 1, per_epoch, per_epoch + 1])
-
-
-def test_resume_compiled(capsys, compiler):
-    resume_each(capsys, dict(compile=True), [3])
-
-
-def test_flags_win_over_the_checkpoint_but_for_the_shape(capsys):
-    train(capsys, checkpoint_interval=3, weight_decay=0.5)
-    capsys.readouterr()
-    main(TrainConfig(resume=True, max_steps=8, eval_interval=8))
-    out = capsys.readouterr().out
-    assert "6 of 8 updates are done" in out and "weight decay 0.5" in out
-    assert out.count("| loss: ") == 2 and out.count("val loss") == 1
-    assert torch.load("log/model_00008.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    main(TrainConfig(resume=True, max_steps=9, weight_decay=0.25))
-    assert torch.load("log/model_00009.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
-    capsys.readouterr()
-    for name, begun in (("model", "laptop"), ("init_from", "scratch")):
-        with pytest.raises(SystemExit) as end:
-            main(TrainConfig(resume=True, **{name: "gpt2"}))
-        assert end.value.code == 2
-        assert capsys.readouterr().err == (
-            f"train_gpt2.py: --{name} gpt2: the run in log was begun with {begun}; leave the flag out\n")
-
-
-def test_a_flag_given_at_its_default_wins_too(capsys):
-    train(capsys, checkpoint_interval=1, keep_checkpoints=9, shuffle=False, seed=7)
-    assert len(os.listdir("log")) == 8
-    main(train_gpt2.parse_flags(["--resume", "--max_steps", "7", "--keep_checkpoints", "3", "--shuffle"]))
-    assert sorted(os.listdir("log")) == ["log.txt", "model_00005.pt", "model_00006.pt", "model_00007.pt"]
-    config = torch.load("log/model_00007.pt")["train_config"]
-    assert config["shuffle"] and config["seed"] == 7
-
-
-def test_resume_where_nothing_can_be_resumed(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(TrainConfig(resume=True))
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "train_gpt2.py: --resume: no run began in log; leave the flag out to begin one\n"
+    message = fails(train, hellaswag_interval=4)
+    assert "--hellaswag_interval 4" in message and "no way there" in message
     assert not os.path.exists("log")
 
 
-def test_resume_of_a_run_that_saved_nothing(capsys):
-    train(capsys)
-    whole = open("log/log.txt").read()
-    _, out = train(capsys, resume=True)
-    assert "the run in log has no whole checkpoint: starting at step 0\n" in out
-    assert open("log/log.txt").read() == whole == open("log.1/log.txt").read()
+# -----------------------------------------------------------------------------
+# The folder
+
+
+def test_an_earlier_run_is_put_aside_and_nothing_else(train):
+    os.makedirs("log/mine")
+    others = ["mine", "model_best.pt", "notes.txt"]
+    for name in others[1:]:
+        Path("log", name).write_text(name)
+    for seed in (1, 2, 3):
+        _, out = train(seed=seed, max_steps=1, checkpoint_interval=1)
+    assert "log.2" in out
+    ours = ["log.txt", "model_00000.pt", "model_00001.pt"]
+    assert files("log") == sorted(["log.1", "log.2", *others, *ours])
+    assert files("log/log.1") == files("log/log.2") == ours
+    logs = [Path(folder, "log.txt").read_text() for folder in ("log/log.1", "log/log.2", "log")]
+    assert len(set(logs)) == 3
+    assert load_checkpoint("log/log.1/model_00001.pt")["train_config"]["seed"] == 1
+
+
+def test_the_folder_may_be_the_one_we_are_in(train):
+    for seed in (1, 2):
+        train(seed=seed, max_steps=1, checkpoint_interval=1, log_dir=".")
+    ours = ["log.txt", "model_00000.pt", "model_00001.pt"]
+    assert files(".") == sorted(["log.1", "text.txt", *ours]) and files("log.1") == ours
+
+
+def test_a_log_folder_that_cannot_be_written(train, fails):
+    assert "--log_dir text.txt/log" in fails(train, log_dir="text.txt/log")
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(train, fails):
+    train(checkpoint_interval=3)
+    before = {name: Path("log", name).read_bytes() for name in files("log")}
+    with FileLock("log/.lock"):
+        for resume in (False, True):
+            assert "--log_dir log" in fails(train, resume=resume)
+    assert {name: Path("log", name).read_bytes() for name in files("log")} == before
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_a_checkpoint_needs_nothing_of_ours(train):
+    model, out = train(checkpoint_interval=4)
+    names = ["log.txt", "model_00000.pt", "model_00004.pt", "model_00006.pt"]
+    assert files("log") == names  # the last one too
+    assert "step     6 | saved log/model_00006.pt\n" in out
+    checkpoint = torch.load("log/model_00006.pt", weights_only=True)
+    assert checkpoint["step"] == 6 and checkpoint["tokens_seen"] == 6 * 64
+    assert checkpoint["model_config"] == train_gpt2.asdict(model.config)
+    assert list(checkpoint["model"]) == list(model.state_dict())
+    loaded = train_gpt2.model_of(load_checkpoint("log/model_00006.pt"))
+    assert loaded.config == model.config and same(loaded, model)
+
+
+def test_a_run_and_hellaswag_start_from_a_checkpoint(train, capsys):
+    model, _ = train(checkpoint_interval=6)
+    settings = {name: value for name, value in SMALL.items() if name != "model"}
+    for name in ("log/model_00006.pt", "log"):
+        main(settings | dict(init_from=name, log_dir="log2", max_steps=1, eval_interval=1))
+        _, val = text_tokens()
+        assert val_losses(capsys.readouterr().out)[0] == f"{evaluate(model, val, 2, 16):.6f}"
+
+    hellaswag.main(["-m", "log/model_00006.pt", "--data", EXAMPLES, "--limit", "20", "-d", "cpu"])
+    shown = re.findall(r"(\d\.\d{4}) \+-", capsys.readouterr().out)
+    right = hellaswag.count_right(model, take_examples(20))
+    assert shown == [f"{n / 20:.4f}" for n in right]
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(train, fails, capsys):
+    train(checkpoint_interval=6, max_steps=1)
+    whole = Path("log/model_00001.pt").read_bytes()
+    for name, data in dict(cut=whole[: len(whole) // 2], empty=b"", text=b"To be").items():
+        Path(f"{name}.pt").write_bytes(data)
+    Path("flipped.pt").write_bytes(whole)
+    spoil("flipped.pt")
+    config = dict(n_layer=1, n_head=1, n_embd=8)
+    nano = dict(model={}, optimizer={}, model_args=config, iter_num=1, best_val_loss=1.0, config={})
+    torch.save(nano, "nano.pt")
+    torch.save(dict(model={}, config=GPTConfig()), "pickled.pt")  # build-nanogpt's
+    settings = {name: value for name, value in SMALL.items() if name != "model"}
+    for name in ("cut", "empty", "text", "flipped", "nano", "pickled", "gone"):
+        path = f"{name}.pt"
+        message = fails(main, settings | dict(init_from=path, log_dir="log2"))
+        assert "--init_from" in message and path in message and len(message) < 300
+        assert "\x1b" not in message
+        if name in ("nano", "pickled"):
+            assert "another program" in message
+    assert "flipped.pt" in fails(hellaswag.main, ["-m", "flipped.pt", "--data", EXAMPLES])
+    assert not os.path.exists("log2")
+
+
+def test_no_damage_of_a_checkpoint_goes_unseen(train):
+    train(checkpoint_interval=2, max_steps=2)
+    whole = load_checkpoint("log/model_00002.pt")
+    data = Path("log/model_00002.pt").read_bytes()
+    # The end has names, places and sizes: a hundredth of the file, and most of its pitfalls.
+    body, end = data[:-20_000], data[-20_000:]
+    seen = 0
+    for spoilt in [*damaged(data, 10, 50), *(body + part for part in damaged(end, 10, 60))]:
+        Path("spoilt.pt").write_bytes(spoilt)
+        try:
+            checkpoint = load_checkpoint("spoilt.pt")
+        except (OSError, ValueError) as error:
+            assert "\n" not in str(error)
+            seen += 1
+        else:  # a date, say, or the space between two records
+            assert str(checkpoint) == str(whole)
+            pairs = zip(checkpoint["model"].values(), whole["model"].values())
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert seen > 60
+
+
+def test_the_newest_checkpoints_are_kept_and_every_so_manieth(train, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "KEPT_FOR_GOOD", 2)
+    train(checkpoint_interval=1, max_steps=7, keep_checkpoints=2)
+    kept = [2, 4, 6, 7]
+    assert files("log") == ["log.txt", *(f"model_0000{step}.pt" for step in kept)]
+
+
+def test_a_checkpoint_every_so_many_minutes(train):
+    train(checkpoint_minutes=1e-9, max_steps=3, keep_checkpoints=9)
+    assert files("log") == ["log.txt", *(f"model_0000{step}.pt" for step in range(4))]
+
+
+def fail_to_save(monkeypatch, saves):
+    """Have the disk fail at the saves of these numbers. The first save is number 0."""
+    fsync = os.fsync
+    number = -1
+
+    def fails(fd):
+        nonlocal number
+        if os.fstat(fd).st_size > 10**6:  # log.txt is smaller
+            number += 1
+            if number in saves:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", fails)
+
+
+def test_a_save_that_fails_is_tried_again(train, capsys, monkeypatch):
+    fail_to_save(monkeypatch, {1, 2})  # at steps 2 and 3
+    main(SMALL | dict(checkpoint_interval=2, max_steps=5))
+    out, err = capsys.readouterr()
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert ["model_00002.pt" in line for line in warnings] == [True, False]
+    assert all(os.strerror(errno.EIO) in line for line in warnings)
+    assert len(losses(out)) == 5
+    assert files("log") == ["log.txt", "model_00000.pt", "model_00004.pt", "model_00005.pt"]
+    load_checkpoint("log/model_00004.pt")
+
+
+@pytest.mark.parametrize("saves, updates", [({1, 2, 3}, 4), ({0}, 0), ({3}, 6)])
+def test_saves_that_fail_for_good_end_the_run(train, fails, monkeypatch, saves, updates):
+    fail_to_save(monkeypatch, saves)  # three in a row; at the first step; at the last one
+    message = fails(train, checkpoint_interval=2)
+    assert "--log_dir log" in message and f"model_{updates:05d}.pt" in message
+    assert len(re.findall("train", LOG.read_text())) == updates
+    assert not list(Path("log").glob("*.tmp"))
+
+
+def test_a_full_disk_is_one_line_and_older_checkpoints_are_whole(small, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    Path("kept").mkdir()
+    Path("probe.py").write_text(
+        "import train_gpt2\n"
+        f"train_gpt2.MODEL_SIZES['laptop'] = {SHAPE}\n"
+        "given, options = train_gpt2.parse_flags()\n"
+        "train_gpt2.main(given)\n"
+    )
+    words = " ".join(flags(checkpoint_interval=2, log_dir="disk/log"))
+    command = (f"mkdir disk && mount -t tmpfs -o size=30m none disk && "
+               f"{sys.executable} probe.py {words}; echo status $?; cp disk/log/* kept")
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], env=env, capture_output=True,
+                          text=True, timeout=100)
+    *warnings, line = done.stderr.splitlines()
+    assert "status 2" in done.stdout and "Traceback" not in done.stderr
+    assert line.startswith("probe.py: --log_dir disk/log") and os.strerror(errno.ENOSPC) in line
+    assert all(line.startswith("warning: ") for line in warnings)
+    found = [name for name in files("kept") if name.endswith(".pt")]
+    assert found == ["model_00000.pt", "model_00002.pt", "model_00004.pt"]
+    for name in found:
+        load_checkpoint(f"kept/{name}")
+
+
+# -----------------------------------------------------------------------------
+# Going on
+
+EVERYTHING = dict(
+    eval_interval=3, sample_interval=10, checkpoint_interval=1, keep_checkpoints=100,
+    val_tokens=200,
+)
+
+
+def state_of(checkpoint):
+    """Return the optimizer's tensors and the scaler's numbers."""
+    tensors = []
+    for state in checkpoint["optimizer"]["state"].values():
+        tensors += [value.flatten() for value in state.values()]
+    return torch.cat(tensors), checkpoint["scaler"], checkpoint["tokens_seen"]
+
+
+def resume_each(train, settings, steps):
+    """Train, then go on from the checkpoints of steps, as if the run had stopped there.
+
+    All has to end the same. Returns the whole run's (model, text).
+    """
+    model, whole = train(**EVERYTHING | settings)
+    shutil.copytree("log", "whole")
+    newest = train_gpt2.find_checkpoints("whole")[0]
+    last = torch.load(f"whole/model_{newest:05d}.pt")
+    for k in steps:
+        shutil.rmtree("log")
+        shutil.copytree("whole", "log")  # its log is longer than it was at step k
+        for number in train_gpt2.find_checkpoints("log"):
+            if number > k:
+                os.remove(f"log/model_{number:05d}.pt")
+        resumed, out = train(resume=True)
+        assert LOG.read_text() == Path("whole/log.txt").read_text()
+        assert same(model, resumed)
+        saved = f"step {k:5d} | saved log/model_{k:05d}.pt\n"
+        _, begin, rest = out.partition(f"Going on after {k} of {newest} updates.\n")
+        assert begin and rest == whole.split(saved)[1]  # losses, samples, evaluations
+        again = torch.load(f"log/model_{newest:05d}.pt")
+        assert torch.equal(state_of(again)[0], state_of(last)[0])
+        assert state_of(again)[1:] == state_of(last)[1:]
+    return model, whole
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resume_over_shards(train, shuffle):
+    documents = [fineweb.tokenize(text) for text in hub.make_documents(20)]
+    os.mkdir("shards")
+    for number, (shard, _, _) in enumerate(fineweb.cut(documents, 300)):
+        fineweb.write_shard("shards", number, shard)
+    tokens, _ = train_gpt2.load_data("shards")
+    loader = train_gpt2.DataLoaderLite(tokens, 2, 16, 64)
+    epoch = loader.epoch_tokens // 64
+    assert 20 < epoch < 40
+    settings = dict(data="shards", shuffle=shuffle, max_steps=epoch + 4)
+    # A shard has 18 rows, which are 4.5 updates. So these are stops in a shard's middle, just
+    # after the update that crosses its end, at its end, and around the epoch's end.
+    resume_each(train, settings, [2, 5, 9, epoch - 1, epoch, epoch + 1])
+
+
+def test_resume_compiled_and_nothing_compiles_again(train, compiler):
+    from torch._dynamo.utils import counters
+
+    take_examples(3)
+    torch._dynamo.reset()
+    counters.clear()
+    plain, out = train(compile=True, max_steps=5)
+    # can_compile's trial, and the model
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["recompiles"]
+    torch._dynamo.reset()
+    counters.clear()
+    model, whole = resume_each(train, dict(compile=True, max_steps=5, hellaswag_interval=2), [])
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["recompiles"]
+    assert same(model, plain) and losses(whole) == losses(out)
+    shutil.rmtree("log")
+    shutil.rmtree("whole")
+    resume_each(train, dict(compile=True, max_steps=5), [3])
+
+
+def test_resume_with_float16_and_an_overflow(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        plant(patch, [2], "gradient")
+        _, whole = train(dtype="float16", **EVERYTHING)
+    before, after = (load_checkpoint(f"log/model_0000{step}.pt") for step in (2, 3))
+    assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+    unchanged = [torch.equal(before["model"][name], after["model"][name])
+                 for name in before["model"]]
+    assert all(unchanged)
+    assert [load_checkpoint(f"log/model_0000{n}.pt")["skipped"] for n in range(7)] == [
+        0, 0, 0, 1, 0, 0, 0]
+    assert len(losses(whole)) == 6
+
+    last = load_checkpoint("log/model_00006.pt")
+    log = LOG.read_text()
+    for number in (4, 5, 6):
+        os.remove(f"log/model_0000{number}.pt")
+    train(resume=True)  # just after the overflow
+    again = load_checkpoint("log/model_00006.pt")
+    assert LOG.read_text() == log
+    assert torch.equal(state_of(again)[0], state_of(last)[0])
+    assert state_of(again)[1:] == state_of(last)[1:]
+
+
+def crash(function, *args, **kwargs):
+    """Call a function that raises ZeroDivisionError, and leave nothing of it behind."""
+    try:
+        function(*args, **kwargs)
+    except ZeroDivisionError:
+        gc.collect()
+        return
+    pytest.fail("it did not crash")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sample"])
+def test_a_crash_in_an_evaluation_loses_nothing(train, monkeypatch, name):
+    settings = dict(eval_interval=2, sample_interval=2, checkpoint_interval=2)
+    model, whole = train(**settings)
+    log = LOG.read_text()
+    function = getattr(train_gpt2, name)
+    calls = 0
+
+    def crashes(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # at step 4
+            raise ZeroDivisionError
+        return function(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, name, crashes)
+        crash(train, **settings)
+    assert train_gpt2.find_checkpoints("log") == [4, 2, 0]
+    resumed, out = train(resume=True)
+    assert same(model, resumed) and LOG.read_text() == log  # each evaluation once
+    assert len(losses(out)) == 2
+
+
+def test_a_stop_within_hellaswag_logs_nothing_twice(train, monkeypatch):
+    take_examples(5)
+    settings = dict(eval_interval=3, hellaswag_interval=3, checkpoint_interval=100)
+    train(**settings)
+    log = LOG.read_text()
+    count_right = hellaswag.count_right
+    calls = 0
+
+    def stops(*args):
+        nonlocal calls
+        calls += 1
+        return None if calls == 2 else count_right(*args)
+    monkeypatch.setattr(hellaswag, "count_right", stops)
+    _, out = train(**settings)  # stops at step 3, whose validation loss is logged
+    assert len(losses(out)) == 3 and train_gpt2.find_checkpoints("log") == [3, 0]
+    train(resume=True)
+    assert LOG.read_text() == log
+
+
+def test_flags_win_over_the_checkpoint(train):
+    train(checkpoint_interval=1, keep_checkpoints=9, shuffle=False, seed=7, weight_decay=0.5)
+    assert len(files("log")) == 8
+    # What is given counts, and be it the default.
+    words = "--resume --max_steps 8 --eval_interval 8 --keep_checkpoints 3 --shuffle".split()
+    given, options = train_gpt2.parse_flags(words)
+    _, out = train(resume=options.resume, **given)
+    assert len(losses(out)) == 2 and len(val_losses(out)) == 1
+    kept = ["log.txt", "model_00006.pt", "model_00007.pt", "model_00008.pt"]
+    assert files("log") == kept
+    checkpoint = load_checkpoint("log/model_00008.pt")
+    config = checkpoint["train_config"]
+    assert config["shuffle"] and config["seed"] == 7
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    train(resume=True, max_steps=9, weight_decay=0.25)
+    checkpoint = load_checkpoint("log/model_00009.pt")
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+
+
+def test_what_the_machine_decides_is_decided_anew(small):
+    from_machine = set(train_gpt2.FROM_THE_MACHINE)
+    settings = {name: value for name, value in SMALL.items() if name not in from_machine}
+    main(settings | dict(checkpoint_interval=1, max_steps=1, total_batch_size=256))
+    config = load_checkpoint("log/model_00001.pt")["train_config"]
+    assert not from_machine & config.keys()
+    assert config.keys() | from_machine == train_gpt2.TrainConfig.__dataclass_fields__.keys()
+
+
+def test_what_a_run_was_begun_with_stays(train, fails):
+    train(checkpoint_interval=6)
+    before = files("log")
+    assert "--model gpt2" in fails(train, resume=True, model="gpt2")
+    assert "--init_from gpt2" in fails(train, resume=True, init_from="gpt2")
+    text = Path("text.txt").read_text(encoding="utf-8")
+    Path("other.txt").write_text(text + " more", encoding="utf-8")
+    assert "--data other.txt" in fails(train, resume=True, data="other.txt")
+    Path("text.txt").write_text(text[::-1], encoding="utf-8")
+    message = fails(train, resume=True, max_steps=8)
+    assert "--data text.txt" in message and "--resume" in message
+    assert files("log") == before
+    Path("same.txt").write_text(text, encoding="utf-8")
+    train(resume=True, data="same.txt", max_steps=8)
+
+
+def test_shards_that_were_made_anew_are_other_data(train, fails):
+    def make_shards(seed):
+        shutil.rmtree("shards", ignore_errors=True)
+        os.mkdir("shards")
+        random = np.random.default_rng(seed)
+        for number in range(2):
+            tokens = random.integers(50257, size=500).astype(np.uint16)
+            fineweb.write_shard("shards", number, tokens)
+    make_shards(1)
+    train(data="shards", checkpoint_interval=6)
+    make_shards(2)
+    assert "--data shards" in fails(train, resume=True, max_steps=8)
+    make_shards(1)
+    train(resume=True, max_steps=8)
+
+
+def test_resume_where_nothing_can_be_resumed(train, fails):
+    assert "--resume" in fails(train, resume=True)
+    assert not os.path.exists("log")
+    train(checkpoint_interval=6)
+    for number in (0, 6):
+        spoil(f"log/model_{number:05d}.pt")
+    before = {name: Path("log", name).read_bytes() for name in files("log")}
+    message = fails(train, resume=True)
+    assert "--resume" in message and "log" in message
+    assert {name: Path("log", name).read_bytes() for name in files("log")} == before
+
+
+def test_settings_of_another_version_are_ignored(train, capsys):
+    train(checkpoint_interval=6)
+    checkpoint = load_checkpoint("log/model_00006.pt")
+    checkpoint["train_config"]["of_the_future"] = 1
+    torch.save(checkpoint, "log/model_00006.pt")
+    main(dict(max_steps=8), resume=True)
+    out, err = capsys.readouterr()
+    assert len(losses(out)) == 2
+    assert [line.startswith("warning: ") and "of_the_future" in line
+            for line in err.splitlines()] == [True]
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, capsys):
+    model, _ = train(checkpoint_interval=2, max_steps=8)
+    log = LOG.read_text()
+    for name in ("model_00006.pt", "model_00008.pt"):
+        data = Path("log", name).read_bytes()
+        Path("log", name).write_bytes(data[: len(data) // 3])
+    LOG.write_text("4 tra")  # the checkpoint has the log, too
+    capsys.readouterr()
+    resumed = main({}, resume=True)
+    out, err = capsys.readouterr()
+    assert "Going on after 4 of 8 updates" in out
+    lines = err.splitlines()
+    assert all(line.startswith("warning: ") for line in lines)
+    assert ["model_00008.pt" in line for line in lines] == [True, False]
+    assert ["model_00006.pt" in line for line in lines] == [False, True]
+    assert same(model, resumed) and LOG.read_text() == log
+    for name in ("model_00006.pt", "model_00008.pt"):
+        load_checkpoint(f"log/{name}")
+
+
+def test_a_run_lets_go_of_the_checkpoint_that_it_came_from(train, monkeypatch):
+    train(checkpoint_interval=6)
+    load, fetch = train_gpt2.load_checkpoint, train_gpt2.fetch_batch
+    weights = []
+    alive = []
+
+    def load_checkpoint(path):
+        checkpoint = load(path)
+        weights.append(weakref.ref(checkpoint["model"]["lm_head.weight"]))
+        return checkpoint
+
+    def fetch_batch(*args):
+        alive.append(weights[0]() is not None)
+        return fetch(*args)
+    monkeypatch.setattr(train_gpt2, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(train_gpt2, "fetch_batch", fetch_batch)
+    train(resume=True, max_steps=7)
+    assert alive == [False] * 3
+
+
+# -----------------------------------------------------------------------------
+# Numbers that go bad
 
 
 def plant(monkeypatch, steps, way):
     """Spoil the first of the two micro-batches of these steps: its loss, or its gradient alone."""
-    forward, calls = GPT.forward, iter(range(10**6))
+    forward = GPT.forward
+    bad = {2 * step for step in steps}
+    call = -1
 
     def spoilt(self, idx, targets=None):
+        nonlocal call
         logits, loss = forward(self, idx, targets)
-        if torch.is_grad_enabled() and next(calls) in [2 * step for step in steps]:
-            loss = loss * math.nan if way == "loss" else loss + (0 * loss).sqrt()  # 0, and its slope is not
+        if not torch.is_grad_enabled():
+            return logits, loss
+        call += 1
+        if call in bad and way == "loss":
+            loss = loss * math.nan
+        elif call in bad:
+            loss = loss + (0 * loss).sqrt()  # 0, and its slope is not
         return logits, loss
     monkeypatch.setattr(GPT, "forward", spoilt)
 
 
 @pytest.mark.parametrize("way", ["loss", "gradient"])
-def test_a_number_gone_bad_never_reaches_the_weights(capsys, monkeypatch, way):
+def test_a_number_gone_bad_never_reaches_the_weights(train, capsys, monkeypatch, way):
     plant(monkeypatch, [2, 4], way)
-    _, out = train(capsys, checkpoint_interval=1, max_steps=6, keep_checkpoints=9)
-    assert re.findall(r"^step +(\d+) .* norm: nan \|", out, re.M) == ["2", "4"]
-    assert ("2 train nan\n" in open("log/log.txt").read()) == (way == "loss")
-    saved = [torch.load(f"log/model_0000{n}.pt") for n in range(1, 7)]
-    for n in range(1, 6):
-        a, b = saved[n - 1], saved[n]  # before and after step n
-        same = [torch.equal(a["model"][name], b["model"][name]) for name in a["model"]]
-        same += [torch.equal(a["optimizer"]["state"][i][name], b["optimizer"]["state"][i][name])
-                 for i in a["optimizer"]["state"] for name in ("step", "exp_avg", "exp_avg_sq")]
-        assert all(same) if n in (2, 4) else not any(same)
-        assert b["position"] == a["position"] + 64 and b["skipped"] == (n in (2, 4))
+    main(SMALL | dict(checkpoint_interval=1, keep_checkpoints=9))
+    out = capsys.readouterr().out
+    assert re.findall(r"^step +(\d+) .* norm: nan .* skipped, 1 ", out, re.M) == ["2", "4"]
+    assert ("2 train nan\n" in LOG.read_text()) == (way == "loss")
+    saved = [load_checkpoint(f"log/model_0000{number}.pt") for number in range(1, 7)]
+    for step in range(1, 6):
+        a, b = saved[step - 1], saved[step]  # before and after the step
+        unchanged = [torch.equal(a["model"][name], b["model"][name]) for name in a["model"]]
+        unchanged.append(torch.equal(state_of(a)[0], state_of(b)[0]))
+        assert all(unchanged) if step in (2, 4) else not any(unchanged)
+        assert b["tokens_seen"] == a["tokens_seen"] + 64
+        assert b["skipped"] == (step in (2, 4))
 
 
-def test_bad_numbers_that_go_on_stop_the_run(capsys, monkeypatch):
+def test_bad_numbers_that_go_on_stop_the_run(train, fails, monkeypatch):
     plant(monkeypatch, [0, 2, 3, 4, 5, 6], "loss")
-    with pytest.raises(SystemExit) as end:
-        train(capsys, checkpoint_interval=2, max_steps=20)
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and re.findall(r"skipped, (\d) in a row", out) == ["1", "1", "2", "3", "4", "5"]
-    assert re.fullmatch(r"train_gpt2\.py: step 6: loss or gradient was no finite number 5 times in a row, last in the text "
-                        r"at token [\d,]+; the weights are those of step 2\. A lower --max_lr may help, or another --seed\n", err)
-    last, before = load_checkpoint("log/model_00006.pt")[0], load_checkpoint("log/model_00002.pt")[0]
-    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), before.parameters()))
-    assert sorted(os.listdir("log"))[-1] == "model_00006.pt"
-
-
-def test_the_newest_checkpoints_are_kept_and_every_5000th(capsys):
-    train(capsys, checkpoint_interval=1, max_steps=5)
-    assert sorted(os.listdir("log")) == ["log.txt", "model_00003.pt", "model_00004.pt", "model_00005.pt"]
-    checkpoint = torch.load("log/model_00005.pt") | dict(step=4998)
-    for name in ("model_00003.pt", "model_00004.pt", "model_00005.pt"):
-        os.remove(f"log/{name}")
-    torch.save(checkpoint, "log/model_04998.pt")
-    main(TrainConfig(resume=True, max_steps=5004, keep_checkpoints=2))
-    assert sorted(os.listdir("log")) == ["log.txt", "model_05000.pt", "model_05003.pt", "model_05004.pt"]
-
-
-def test_a_checkpoint_every_so_many_minutes(capsys):
-    train(capsys, checkpoint_minutes=1e-9, max_steps=3, keep_checkpoints=9)
-    assert sorted(os.listdir("log")) == ["log.txt", *(f"model_0000{step}.pt" for step in range(4))]
-
-
-def test_no_damage_of_a_checkpoint_goes_unseen(capsys, tmp_path):
-    train(capsys, checkpoint_interval=2, max_steps=2)
-    whole = load_checkpoint("log/model_00002.pt")[1]
-    data = (tmp_path / "log" / "model_00002.pt").read_bytes()
-    directory = data[-20_000:]  # names, places, sizes: less than a hundredth of the file, and most of its pitfalls
-    seen = 0
-    for spoilt in [*damaged(data, 10, 50), *(data[:-20_000] + end for end in damaged(directory, 10, 60))]:
-        (tmp_path / "spoilt.pt").write_bytes(spoilt)
-        try:
-            _, checkpoint = load_checkpoint("spoilt.pt")
-        except ValueError as e:
-            assert str(e).startswith("spoilt.pt is damaged, or no checkpoint of train_gpt2.py: ") and "\n" not in str(e)
-            seen += 1
-        else:  # a date, say, or the space between two records
-            assert str(checkpoint) == str(whole)
-            assert all(torch.equal(a, b) for a, b in zip(checkpoint["model"].values(), whole["model"].values()))
-    assert seen > 60
-
-
-@pytest.mark.parametrize("spoil", [lambda log: log[:40], lambda log: log.replace(b"train", b"tra\xffn"), lambda log: b"",
-                                   lambda log: None])
-def test_a_damaged_log_is_made_anew(capsys, tmp_path, spoil):
-    train(capsys, checkpoint_interval=2)
-    path = tmp_path / "log" / "log.txt"
-    whole = path.read_bytes()
-    os.remove("log/model_00006.pt")
-    spoilt = spoil(whole)
-    path.unlink() if spoilt is None else path.write_bytes(spoilt)
-    main(TrainConfig(resume=True))
-    assert path.read_bytes() == whole
-    assert capsys.readouterr().err == "warning: log/log.txt isn't what was logged; the checkpoint has that\n"
-    assert (tmp_path / "log" / "log.txt.damaged").read_bytes() == (spoilt or b"")
-
-
-def test_a_damaged_checkpoint_is_passed_over_and_kept(capsys, tmp_path):
-    model, _ = train(capsys, checkpoint_interval=2, max_steps=8)
-    whole = open("log/log.txt").read()
-    torn = {name: data[: len(data) // 3] for name in ("model_00006.pt", "model_00008.pt")
-            if (data := (tmp_path / "log" / name).read_bytes())}
-    for name, data in torn.items():
-        (tmp_path / "log" / name).write_bytes(data)
-    capsys.readouterr()
-    resumed = main(TrainConfig(resume=True))
-    out, err = capsys.readouterr()
-    assert "going on from log/model_00004.pt: 4 of 8 updates are done\n" in out
-    lines = err.splitlines()
-    assert len(lines) == 2 and all(line.startswith(f"warning: passed over: log/{name} is damaged")
-                                   for line, name in zip(lines, ("model_00008.pt", "model_00006.pt")))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
-    assert open("log/log.txt").read() == whole
-    for name, data in torn.items():
-        assert (tmp_path / "log" / (name + ".damaged")).read_bytes() == data
-        load_checkpoint(f"log/{name}")
-
-
-def test_the_plan(capsys):
-    _, out = train(capsys, max_steps=12, checkpoint_interval=12)
-    matrices = 50304 * 16 + 2 * 12 * 16 * 16  # lm_head, and two blocks
-    flops = 12 * 64 * (6 * matrices + 12 * 2 * 16 * 16)
-    size = os.path.getsize("log/model_00012.pt")
-    found = re.search(r"plan: 12 updates = 768 tokens = (\S+) epochs = (\S+) FLOPs; memory: about (\S+) GB for each process, "
-                      r"(\S+) of them for the micro-batch; disk: up to (\S+) GB of checkpoints\n", out).groups()
-    assert found[1] == f"{flops:.2e}" and float(found[4]) == pytest.approx(4 * size / 1e9, abs=0.06)
-    assert float(found[0]) == pytest.approx(768 / (5283 // 64 * 64), abs=0.01)
-
-
-def test_when_it_will_end_is_said_after_ten_steps(capsys):
-    capsys.readouterr()
-    main(TrainConfig(data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=12,
-                     dtype="float32", device="cpu", eval_interval=0, sample_interval=0, checkpoint_interval=0))
-    assert re.search(r"step +9 \| .*\nat this pace the updates end in 0 minutes\nstep +10", capsys.readouterr().out)
-
-
-def test_a_disk_too_small(capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 30_000_000))
-    with pytest.raises(SystemExit) as end:
-        train(capsys, checkpoint_interval=2)
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and "| loss" not in out and os.listdir("log") == []
-    assert err == ("train_gpt2.py: --log_dir log: its disk has 0.03 GB free, and the checkpoints will take 0.04 GB; make room, "
-                   "or lower --keep_checkpoints\n")
-    train(capsys, checkpoint_interval=2, keep_checkpoints=1)
-
-
-def test_a_full_disk_is_one_line_and_older_checkpoints_are_whole(tmp_path):
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
-    (tmp_path / "log").mkdir()
-    (tmp_path / "probe.py").write_text(
-        "import shutil, train_gpt2\n"
-        "train_gpt2.SIZES['laptop'] = dict(n_layer=2, n_head=2, n_embd=16)\n"
-        "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 10**12)  # others fill the disk later\n"
-        "train_gpt2.main(train_gpt2.parse_flags())\n")
-    flags = ("--data text.txt --batch_size 2 --seq_len 16 --total_batch_size 64 --max_steps 6 --device cpu --dtype float32 "
-             "--sample_interval 0 --eval_interval 0 --checkpoint_interval 2 --log_dir small/log")
-    command = (f"mkdir small && mount -t tmpfs -o size=30m none small && {sys.executable} probe.py {flags}; echo $?; "
-               f"cp -r small/log/* log; ls log; {sys.executable} -c \"import torch; torch.load('log/model_00004.pt')\"")
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100,
-                          env=dict(os.environ, PYTHONPATH=os.path.dirname(INPUT)))
-    assert done.stderr == "probe.py: --log_dir small/log: No space left on device\n"
-    assert done.stdout.split()[-5:] == ["2", "log.txt", "model_00000.pt", "model_00002.pt", "model_00004.pt"]
+    message = fails(train, checkpoint_interval=2, max_steps=20)
+    assert "step 6" in message and "--max_lr" in message
+    bad = [int(step) for step in re.findall(r"(\d+) train nan", LOG.read_text())]
+    assert bad == [0, 2, 3, 4, 5, 6]
+    assert train_gpt2.find_checkpoints("log") == [6, 4, 2]
+    last, before = (train_gpt2.model_of(load_checkpoint(f"log/model_0000{step}.pt"))
+                    for step in (6, 2))
+    assert same(last, before)

@@ -1,181 +1,284 @@
-"""Training runs, with a model that is small enough for a test."""
+"""The recipe and the training step, with a model that is small enough for a test."""
 import math
 import os
 import re
 
 import pytest
 import torch
+from conftest import SMALL, losses
 
-from train_gpt2 import (GPT, SIZES, DataLoaderLite, GPTConfig, TrainConfig, accumulate_gradients, configure_optimizer,
-                        get_lr, main)
-
-INPUT = os.path.join(os.path.dirname(__file__), "..", "input.txt")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SIZES, "laptop", dict(n_layer=2, n_head=2, n_embd=64))  # whatever it is in a real run
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
 
 
-def train(capsys, **settings):
-    """Train the laptop's model as settings say; return (the model, the losses printed, all that was printed)."""
-    cfg = dict(model="laptop", data=INPUT, batch_size=4, seq_len=32, total_batch_size=128, max_steps=20, max_lr=3e-3,
-               dtype="float32", warmup_steps=10, weight_decay=0.1, eval_interval=0, sample_interval=0,
-               checkpoint_interval=0)
-    model = main(TrainConfig(**(cfg | settings)))
-    out = capsys.readouterr().out
-    return model, [float(loss) for loss in re.findall(r"^step +\d+ \| loss: (\d+\.\d{6})", out, re.M)], out
+@pytest.fixture
+def wide(small, monkeypatch):
+    """Have the laptop's model be wide enough to learn something."""
+    shape = dict(n_layer=2, n_head=2, n_embd=64)
+    monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", shape)
 
 
-def test_one_batch_is_learnt_by_heart(capsys, tmp_path):
-    with open(INPUT) as f:
-        (tmp_path / "short.txt").write_text(f.read(600))  # more than one batch of 128 tokens, less than two
-    _, losses, _ = train(capsys, data=str(tmp_path / "short.txt"), max_steps=80, max_lr=8e-3)
-    assert abs(losses[0] - 10.9) < 0.3 and losses[-1] < 1
-    assert len(losses) == 80
+def numbers(out):
+    return [float(loss) for loss in losses(out)]
 
 
-def test_a_run_repeats(capsys):
-    assert train(capsys, max_steps=3)[1] == train(capsys, max_steps=3)[1] != train(capsys, max_steps=3, seed=1)[1]
+def largest_difference(model, other):
+    pairs = zip(model.parameters(), other.parameters())
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def test_other_batches_have_other_losses_and_fall_too(capsys):
-    _, losses, _ = train(capsys, max_steps=40)
-    assert sum(losses[-5:]) / 5 < losses[0] - 2.5
-    _, repeated, _ = train(capsys, max_steps=2, max_lr=1e-30)
-    assert repeated[0] != repeated[1]  # nothing was learnt: the batch is another one
-
-
-def test_the_step_is_timed(capsys):
-    _, _, out = train(capsys, max_steps=2)
-    times = re.findall(r"dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d)$", out, re.M)
-    assert len(times) == 2
-    for dt, tok_per_sec in times:
-        assert abs(float(tok_per_sec) * float(dt) / 1000 / 128 - 1) < 0.01
-
-
-def test_a_step_waits_once(capsys, monkeypatch):
-    waits = []  # on a GPU each of these would wait for all that is queued
-    for name in ("item", "tolist", "cpu", "__bool__", "__float__"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *args, name=name, real=getattr(torch.Tensor, name): (
-            waits.append(name), real(*args))[1])
-    train(capsys, max_steps=3)
-    assert waits.count("tolist") == 3 and len(waits) == 3, waits
-
-
-def test_bfloat16_trains_like_float32(capsys):
-    _, exact, _ = train(capsys, max_steps=5)
-    model, rounded, _ = train(capsys, max_steps=5, dtype="bfloat16")
-    assert exact != rounded and max(abs(a - b) for a, b in zip(exact, rounded)) < 0.05
-    assert all(p.dtype == torch.float32 for p in model.parameters())  # only products are rounded
-
-
-def test_compiled_losses_equal_eager_ones_and_repeat(capsys, compiler, monkeypatch):
-    monkeypatch.setitem(SIZES, "laptop", dict(n_layer=2, n_head=2, n_embd=16))
-    shape = dict(batch_size=2, seq_len=16, total_batch_size=64)  # test_run.py's: what is compiled once is kept on disk
-    model, eager, _ = train(capsys, **shape)
-    compiled_model, compiled, _ = train(capsys, compile=True, **shape)
-    assert max(abs(a - b) for a, b in zip(eager, compiled)) < 1e-3
-    assert list(compiled_model.state_dict()) == list(model.state_dict())  # no _orig_mod. in front
-    again, losses, _ = train(capsys, compile=True, **shape)
-    assert losses == compiled
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), compiled_model.parameters()))
-
-
-def test_no_gradient_is_made_for_logits_beside_a_loss():
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
-    idx = torch.randint(64, (2, 8))
-    logits, loss = model(idx, idx)
-    assert loss.requires_grad and not logits.requires_grad  # so torch.compile has nothing to make one for
-    alone, _ = model(idx)
-    assert alone.requires_grad and torch.equal(alone, logits)
-
-
-def test_the_vocabulary_is_padded_and_the_first_loss_stays(capsys):
-    model, losses, _ = train(capsys, max_steps=1)
-    assert model.lm_head.weight.shape == (50304, 64) and 50304 % 128 == 0
-    assert abs(losses[0] - 10.83) < 0.3  # ln(50304)
-
-
-def test_the_gradient_is_clipped(capsys):
-    _, unclipped, out = train(capsys, grad_clip=1e9)
-    norms = [float(norm) for norm in re.findall(r"\| norm: (\d+\.\d{4}) \|", out)]
-    assert len(norms) == 20 and max(norms) > 1
-    assert train(capsys, grad_clip=1.0)[1] != unclipped
-    model, _, _ = train(capsys, grad_clip=1e-12, max_steps=1, weight_decay=0.0)
-    start = train(capsys, max_lr=1e-30, max_steps=1)[0]
-    moved = max((a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters()))
-    assert moved < 1e-4  # a thirtieth of the rate: Adam undoes any scale but eps: a gradient far below 1e-8 moves nothing
+# -------------------------------------------------------------------------------------------------
+# The recipe
 
 
 def test_learning_rate():
     cfg = TrainConfig(max_lr=6e-4, warmup_steps=10, max_steps=50)
     rates = [get_lr(step, cfg) for step in range(50)]
     assert math.isclose(rates[0], 6e-5)
-    assert rates[9] == 6e-4 and rates.count(6e-4) == 1  # the peak, once
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[9:], rates[10:]))
-    assert math.isclose(rates[29], (6e-4 + 6e-5) / 2)  # halfway down after half of the 40 steps
+    assert rates[9] == 6e-4
+    assert rates.count(6e-4) == 1  # the peak, once
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert len(set(rates[9:])) == 41
+    assert math.isclose(rates[29], (6e-4 + 6e-5) / 2)  # half of the way after half of 40 updates
     assert math.isclose(rates[-1], 6e-5)
-    assert [get_lr(step, TrainConfig(max_lr=1.0, warmup_steps=0, max_steps=2)) for step in range(2)] == [1.0, 0.1]
 
 
-def test_the_optimizer_gets_the_scheduled_rate(capsys):
-    _, _, out = train(capsys, max_steps=12, max_lr=1e-3)
+def test_learning_rate_without_a_warm_up():
+    cfg = TrainConfig(max_lr=1.0, warmup_steps=0, max_steps=2)
+    assert [get_lr(step, cfg) for step in range(2)] == [1.0, 0.1]
+
+
+def test_the_optimizer_gets_the_scheduled_rate(train):
+    _, out = train(max_steps=12, warmup_steps=10, max_lr=1e-3)
     printed = [float(lr) for lr in re.findall(r"\| lr (\S+) \|", out)]
     cfg = TrainConfig(max_lr=1e-3, max_steps=12, warmup_steps=10)
     assert printed == pytest.approx([get_lr(step, cfg) for step in range(12)], rel=1e-3)
-    start = train(capsys, max_lr=1e-30, max_steps=1)[0]
-    one = train(capsys, max_lr=1e-3, max_steps=1)[0]  # Adam's first step moves by the rate: a tenth of the peak
-    moved = max((a - b).abs().max().item() for a, b in zip(one.parameters(), start.parameters()))
-    assert moved == pytest.approx(1e-4, rel=0.02)
+    start, _ = train(max_lr=1e-30, max_steps=1)
+    one, _ = train(max_lr=1e-3, max_steps=1, warmup_steps=10)
+    # Adam's first step moves by the rate, which is a tenth of the peak here
+    assert largest_difference(one, start) == pytest.approx(1e-4, rel=0.02)
 
 
-def test_only_matrices_are_decayed(capsys):
+def test_only_matrices_are_decayed():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50304))
-        decayed, rest = configure_optimizer(model, weight_decay=0.1, lr=1.0).param_groups
-    assert capsys.readouterr().out == ("weight decay 0.1 on 50 tensors, 124,354,560 parameters; "
-                                       "none on 98 tensors, 121,344 parameters\n")
-    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
-    assert decayed["fused"] and rest["fused"]
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+    decayed, rest = configure_optimizer(model, weight_decay=0.1, lr=1.0).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in rest["params"]} == {1}
+    assert len(decayed["params"]) == 50
+    assert sum(p.numel() for p in decayed["params"]) == 124_354_560
+    assert sum(p.numel() for p in rest["params"]) == 121_344
+    for group in (decayed, rest):
+        assert group["fused"]
+        assert group["betas"] == (0.9, 0.95)
+        assert group["eps"] == 1e-8
 
 
 def test_fused_adamw_is_adamw():
     torch.manual_seed(0)
-    models = [GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16)).double() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    fused = configure_optimizer(models[0], weight_decay=0.1, lr=1e-2)
-    groups = [dict(params=[p for p in models[1].parameters() if (p.dim() >= 2) == decay], weight_decay=0.1 * decay)
-              for decay in (True, False)]
-    plain = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
-    idx = torch.randint(64, (4, 9))
-    for model, optimizer in zip(models, (fused, plain)):
+    config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
+    model = GPT(config).double()
+    other = GPT(config).double()
+    other.load_state_dict(model.state_dict())
+    fused = configure_optimizer(model, weight_decay=0.1, lr=1e-2)
+    matrices = [p for p in other.parameters() if p.dim() == 2]
+    vectors = [p for p in other.parameters() if p.dim() == 1]
+    plain = torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)],
+        lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False,
+    )
+    x = torch.randint(64, (4, 8))
+    y = torch.randint(64, (4, 8))
+    for trained, optimizer in ((model, fused), (other, plain)):
         for _ in range(5):
             optimizer.zero_grad()
-            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            trained(x, y)[1].backward()
             optimizer.step()
-    for a, b in zip(models[0].parameters(), models[1].parameters()):
+    for a, b in zip(model.parameters(), other.parameters()):
         assert torch.allclose(a, b, atol=1e-9)
 
 
-def test_four_micro_batches_give_the_gradient_of_one_large_batch():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32)).double()
-    tokens = torch.randint(50257, (500,)).numpy().astype("uint16")
-    results = []
-    for B in (8, 2):
-        model.zero_grad()
-        loss = accumulate_gradients(model, DataLoaderLite(tokens, B, 16, 128), micro_steps=8 // B, dtype="float32")
-        results.append([loss.double()] + [p.grad.clone() for p in model.parameters()])
-    for large, small in zip(*results):
-        assert (large - small).norm() / large.norm() < 1e-6
+# -------------------------------------------------------------------------------------------------
+# The losses
 
 
-def test_micro_batches_train_like_one_large_batch(capsys):
-    _, large, _ = train(capsys)
-    _, small, out = train(capsys, batch_size=1)
-    assert "1 update = 128 tokens = 4 micro-batches of 1 x 32" in out
-    assert max(abs(a - b) for a, b in zip(large, small)) < 1e-4
+def test_one_batch_is_learnt_by_heart(train, wide):
+    with open("text.txt", encoding="utf-8") as f:
+        start = f.read(330)
+    with open("short.txt", "w", encoding="utf-8") as f:
+        f.write(start)  # more than one update of 64 tokens, less than two
+    _, out = train(data="short.txt", max_steps=50, max_lr=1e-2, warmup_steps=10, batch_size=4)
+    found = numbers(out)
+    assert len(found) == 50
+    assert abs(found[0] - math.log(50304)) < 0.3
+    assert found[-1] < 1
+    assert "50.00 epochs" in out
 
+
+def test_the_loss_falls_on_batches_that_differ(train, wide):
+    _, out = train(max_steps=40, batch_size=4, warmup_steps=10)
+    found = numbers(out)
+    assert sum(found[-5:]) / 5 < found[0] - 2
+    _, out = train(max_steps=2, batch_size=4, max_lr=1e-30)
+    first, second = losses(out)
+    assert first != second  # nothing was learnt: the batch is another one
+
+
+def test_a_run_repeats(train):
+    _, out = train(max_steps=3)
+    assert losses(train(max_steps=3)[1]) == losses(out)
+    assert losses(train(max_steps=3, seed=1)[1]) != losses(out)
+
+
+def test_the_vocabulary_is_padded_and_the_first_loss_stays(train):
+    model, out = train(max_steps=1)
+    assert model.lm_head.weight.shape == (50304, 16)
+    assert abs(numbers(out)[0] - math.log(50304)) < 0.3
+
+
+@pytest.mark.parametrize("dtype, steps", [("bfloat16", 4), ("float16", 3)])
+def test_16_bits_train_like_float32(train, dtype, steps):
+    _, exact = train(max_steps=steps)
+    model, rounded = train(max_steps=steps, dtype=dtype)
+    assert losses(exact) != losses(rounded)
+    assert numbers(rounded) == pytest.approx(numbers(exact), abs=0.05)
+    for p in model.parameters():
+        assert p.dtype == torch.float32  # only products are rounded
+
+
+def test_compiled_losses_equal_eager_ones_and_repeat(train, compiler):
+    model, out = train(compile=False)
+    compiled_model, compiled_out = train(compile=True)
+    assert numbers(compiled_out) == pytest.approx(numbers(out), abs=1e-3)
+    assert list(compiled_model.state_dict()) == list(model.state_dict())  # no _orig_mod. in front
+    again, again_out = train(compile=True)
+    assert losses(again_out) == losses(compiled_out)
+    assert largest_difference(again, compiled_model) == 0
+
+
+# -------------------------------------------------------------------------------------------------
+# One update
+
+
+def test_four_micro_batches_give_the_gradient_of_one_large_batch(train, monkeypatch):
+    build_model = train_gpt2.build_model
+
+    def build_double(cfg, checkpoint):
+        return build_model(cfg, checkpoint).double()
+
+    monkeypatch.setattr(train_gpt2, "build_model", build_double)
+    gradients = []
+    for B in (4, 1):
+        model, out = train(batch_size=B, max_steps=1, grad_clip=1e9)
+        assert f"{4 // B} micro-batches of {B} x 16" in out
+        gradients.append([p.grad for p in model.parameters()])
+    for large, small in zip(*gradients):
+        assert (large - small).norm() < 1e-6 * large.norm()
+
+
+def test_micro_batches_train_like_one_large_batch(train):
+    _, large = train(batch_size=4)
+    _, small = train(batch_size=1)
+    assert numbers(small) == pytest.approx(numbers(large), abs=1e-4)
+
+
+def test_the_gradient_is_clipped(train, wide):
+    _, out = train(grad_clip=1e9)
+    norms = [float(norm) for norm in re.findall(r"\| norm: (\d+\.\d{4}) \|", out)]
+    assert len(norms) == 6
+    assert max(norms) > 1
+    assert losses(train(grad_clip=1.0)[1]) != losses(out)
+    # Adam undoes any scale but eps: a gradient far below 1e-8 moves nothing
+    still, _ = train(grad_clip=1e-12, max_steps=1, weight_decay=0)
+    start, _ = train(max_lr=1e-30, max_steps=1)
+    assert largest_difference(still, start) < 3e-4  # the rate is 1e-2
+
+
+def test_a_step_waits_once(train, monkeypatch):
+    waits = []  # on a GPU each of these would wait for all that is queued
+
+    def watch(name):
+        real = getattr(torch.Tensor, name)
+
+        def watched(*args, **kwargs):
+            waits.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+
+    names = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__",
+             "__array__")
+    for name in names:
+        watch(name)
+    train(max_steps=1)
+    before = len(waits)  # setting up may wait too
+    waits.clear()
+    train(max_steps=4)
+    assert waits.count("tolist") >= 4
+    assert len(waits) == before + 3, waits
+
+
+# -------------------------------------------------------------------------------------------------
+# What is printed
+
+STEP = re.compile(
+    r"step +(\d+) \| loss: \d+\.\d{6} \| lr \d\.\d{4}e-\d\d \| norm: \d+\.\d{4} \| "
+    r"dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d)(.*)"
+)
+
+
+def step_lines(capsys, **settings):
+    """Return the matches of STEP with the lines of a run's steps."""
+    train_gpt2.main(SMALL | settings)
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if re.match(r"step +\d+ \| loss", line)]
+    assert found[0].startswith("step     0 | loss: ")
+    return [STEP.fullmatch(line) for line in found]
+
+
+def test_the_steps_line(small, capsys):
+    matches = step_lines(capsys, max_steps=4)
+    assert [int(match[1]) for match in matches] == [0, 1, 2, 3]
+    for match in matches:
+        seconds = float(match[2]) / 1000
+        assert float(match[3]) * seconds == pytest.approx(64, rel=0.01)
+        assert "peak" not in match[4]  # a CPU's isn't known
+    ends = [match[4] for match in matches if match[4]]
+    assert len(ends) == 1
+    assert re.fullmatch(r" \| left: \d+\.\d min", ends[0])
+
+
+def test_the_steps_line_where_the_peak_is_known(small, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "peak_flops", lambda device, world: 1e12)
+    model = GPT(GPTConfig(**train_gpt2.MODEL_SIZES["laptop"], vocab_size=50304))
+    matrices = 50304 * 16 + 2 * 12 * 16 * 16
+    flops = 6 * matrices + 12 * 2 * 16 * 16  # a token, with 2 layers, 16 wide, 16 long
+    assert train_gpt2.flops_per_token(model, 16) == flops
+    for match in step_lines(capsys, max_steps=2, dtype="bfloat16"):
+        percent = float(re.fullmatch(r" \| peak: (\d+(?:\.\d+)?)%", match[4])[1])
+        assert percent == pytest.approx(100 * flops * float(match[3]) / 1e12, abs=0.06)
+
+
+def test_the_first_lines_say_what_where_how_long_and_how_to_stop(train):
+    model, out = train(max_steps=5)
+    beginning = out[: out.index("step ")]
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = 5 * 64
+    for word in (
+        "laptop", f"{parameters:,}", "text.txt", "cpu", "float32", "5 updates", "64 tokens",
+        "2 micro-batches of 2 x 16", "FLOPs", "Ctrl-C", "--resume", "log/",
+    ):
+        assert word in beginning, word
+    train_data, _ = train_gpt2.load_data("text.txt")
+    loader = train_gpt2.DataLoaderLite(train_data, 2, 16, 64)
+    assert f"{tokens / loader.epoch_tokens:.2f} epochs" in beginning
+
+
+def test_the_log_holds_each_loss_that_was_printed(train):
+    _, out = train(max_steps=3)
+    with open(os.path.join("log", "log.txt"), encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    assert lines == [f"{step} train {loss}" for step, loss in enumerate(losses(out))]
