@@ -708,7 +708,7 @@ def main(given, resume=False):
         loader.position = tokens_seen
     check_agreement(world, checkpoint=first_step, data=data_id, batch_size=B)
     lock = open_folder(cfg, model, checkpoint, rank, world)
-    checkpoint = None  # let go of its tensors: what we need was copied
+    checkpoint = None  # let go of the tensors that nobody uses any more
     saver = CheckpointSaver(cfg, settings, model, optimizer, scaler, data_id, first_step)
     cfg.compile = cfg.compile and can_compile(device)
     print_plan(cfg, model, device, world, loader, first_step)
