@@ -62,20 +62,27 @@ def make_model():
     return train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=50304, **SHAPE)).to(DEVICE)
 
 
-def times_of_parts(work):
-    """Return {part of PARTS: its share of the time that work() takes}."""
-    with torch.profiler.profile() as profile:
-        work()
-    shares = dict.fromkeys(PARTS, 0)
+def profiled(profile):
+    """Return [(name, microseconds, how often)] of what ran: operations on a CPU, kernels on a GPU."""
+    rows = []
     for event in profile.key_averages():
+        if event.is_user_annotation or event.key.startswith("ProfilerStep"):
+            continue
+        took = event.self_cpu_time_total
         if DEVICE.type == "cuda":
             # A kernel's time also stands with the operation that started it. Keep the kernel.
-            if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+            if event.device_type != torch.autograd.DeviceType.CUDA:
                 continue
             took = event.self_device_time_total
-        else:
-            took = event.self_cpu_time_total
-        part = next(part for part, pattern in PARTS.items() if re.search(pattern, event.key))
+        rows.append((event.key, took, event.count))
+    return rows
+
+
+def shares_of_parts(rows):
+    """Return {part of PARTS: its share of the time} of what profiled() returns."""
+    shares = dict.fromkeys(PARTS, 0)
+    for name, took, _ in rows:
+        part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
         shares[part] += took
     total = sum(shares.values())
     return {part: took / total for part, took in shares.items()}
@@ -129,12 +136,11 @@ def step():
         train_model = torch.compile(model)
         result = share("compiled")
 
-    def updates():
+    with torch.profiler.profile() as profile:
         for _ in range(1 if QUICK else 3):
             update()
-
-    for part, took in times_of_parts(updates).items():
-        print(f"{100 * took:7.1f}%  of the step's time: {part}")
+    for part, share_of_time in shares_of_parts(profiled(profile)).items():
+        print(f"{100 * share_of_time:7.1f}%  of the step's time: {part}")
     return result
 
 

@@ -36,6 +36,7 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "history: replays a step of the history (minutes; only with --history)")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and is skipped where there is none")
 
 
 def pytest_collection_modifyitems(config, items):
