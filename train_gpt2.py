@@ -8,7 +8,8 @@
     python train_gpt2.py --help                              # all settings
 
 Read it from top to bottom: the model, text from the model, the data, the recipe, and the run
-itself, main(). Below main() come the parts that it calls: checkpoints, devices, settings.
+itself, main(). A first reader can stop there. Below stands what main() calls: the log, checkpoints,
+the machine, the settings, and the command line.
 """
 import argparse
 import codecs
@@ -103,14 +104,15 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hs), of all S tokens so far
         # softmax(q @ k^T / sqrt(hs)) @ v, computed in tiles (flash attention): the T x T matrix
-        # of scores never reaches memory. is_causal hides later tokens; a single token has none.
+        # of scores never reaches memory. is_causal hides later tokens. A single new token may
+        # see all S tokens, so nothing is hidden from it.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
 
 class MLP(nn.Module):
-    """Let each token think alone: two linear maps with a GELU between. (B, T, C) -> (B, T, C)."""
+    """Transform each token by itself: linear, GELU, linear. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -145,6 +147,15 @@ class Block(nn.Module):
         return x
 
 
+# OpenAI's files hold these four weights as (in, out), and nn.Linear as (out, in).
+TRANSPOSED = (
+    "attn.c_attn.weight",
+    "attn.c_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)
+
+
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), without dropout.
 
@@ -166,9 +177,10 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Fill the parameters with GPT-2's random start (section 2.3 of its paper).
+        """Fill the parameters with random numbers.
 
-        LayerNorms keep PyTorch's start: weight 1, bias 0.
+        Their standard deviation is 0.02, and smaller in c_proj (GPT-2's paper, section 2.3).
+        Biases are 0. LayerNorms keep PyTorch's start: weight 1, bias 0.
         """
         # Each block adds to the residual stream twice. These layers start smaller, so that the
         # sum doesn't grow with the number of layers.
@@ -185,16 +197,16 @@ class GPT(nn.Module):
         """Return the vectors that lm_head turns into logits.
 
         idx: token ids, (B, T), int64.
-        cache: a KVCache of the tokens that were read before; idx then holds only what is new. The
-        first call may bring any number of tokens, each later call one.
+        cache: a KVCache; idx then holds only the tokens that aren't in it yet. An empty cache
+        takes any number of tokens, a filled one takes one at a time.
         Returns (B, T, C). Raises ValueError when the sequence is longer than block_size.
         """
         B, T = idx.shape
+        block_size = self.config.block_size
         past = 0 if cache is None else cache.length
-        if past + T > self.config.block_size:
-            block_size = self.config.block_size
+        if past + T > block_size:
             raise ValueError(f"{past + T} tokens are longer than block_size, {block_size}")
-        if past > 0 and T > 1:
+        if past > 0 and T > 1:  # attention's is_causal is made for sequences that begin together
             raise ValueError(f"after {past} cached tokens one token can follow, not {T}")
 
         pos = torch.arange(past, past + T, device=idx.device)  # (T,)
@@ -253,15 +265,6 @@ class GPT(nn.Module):
         return model
 
 
-# OpenAI multiplied x @ W, so W is (in, out) in these four. nn.Linear holds (out, in).
-TRANSPOSED = (
-    "attn.c_attn.weight",
-    "attn.c_proj.weight",
-    "mlp.c_fc.weight",
-    "mlp.c_proj.weight",
-)
-
-
 def load_from_hugging_face(name):
     """Return transformers' GPT2LMHeadModel of that name or folder. Raises as from_pretrained."""
     # These are slow to import and needed only here.
@@ -269,7 +272,7 @@ def load_from_hugging_face(name):
     import transformers
     from safetensors import SafetensorError
 
-    # What matters of their warnings is raised below.
+    # Silence their warnings. What matters is checked below.
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -296,7 +299,7 @@ def load_from_hugging_face(name):
     for fault in ("missing_keys", "mismatched_keys"):
         if report[fault]:
             example = sorted(report[fault])[0]
-            raise ValueError(f"its weights have {fault}, such as {example}")
+            raise ValueError(f"it has {fault}, such as {example}")
     return source
 
 
@@ -361,8 +364,8 @@ def generate(model, tokens, num_samples, max_new_tokens, top_k, temperature, see
         idx = torch.cat((idx, drawn), dim=1)  # (num_samples, T + 1)
         unread = drawn
         if idx.shape[1] > block_size:
-            # The oldest token drops out. The others move up by one position, so nothing that
-            # was computed for them holds any more.
+            # The oldest token drops out, and all others move to a new position. So the cached
+            # keys and values are wrong now.
             idx = idx[:, -block_size:]
             unread = idx
             cache = KVCache(model.config.n_layer)
@@ -382,7 +385,9 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
 
 
 class Shards:
-    """Arrays of tokens, (n,) uint16 each, that read like one long array: len() and [a:b].
+    """Arrays of tokens, (n,) uint16 each, that read like one long array.
+
+    It has len() and slices [a:b] with 0 <= a < b.
 
     A shard on disk is compared with its sha256 when it is first read. Slicing raises ValueError,
     which names the shard, when the two differ or when it holds an id that GPT-2 doesn't have.
@@ -432,14 +437,13 @@ class Shards:
         The shards come in an order that seed and epoch decide, and so do the rows of each shard.
         With seed None both stay as they are. Tokens left over at a shard's end are skipped.
         """
-        rows_per_shard = (self.sizes - 1) // T  # a shard's last token has no successor
-        shard_order = permutation(len(rows_per_shard), seed, epoch)
-        ends_in_order = rows_per_shard[shard_order].cumsum()
-        place = int(np.searchsorted(ends_in_order, number, side="right"))  # its shard, in order
-        shard = int(shard_order[place])
-        row_order = permutation(int(rows_per_shard[shard]), seed, epoch, shard)
-        row_in_shard = number - (ends_in_order[place] - rows_per_shard[shard])
-        return int(self.starts[shard]) + int(row_order[row_in_shard]) * T
+        rows_per_shard = ((self.sizes - 1) // T).tolist()  # a shard's last token has no successor
+        for shard in permutation(len(rows_per_shard), seed, epoch).tolist():
+            if number < rows_per_shard[shard]:
+                break
+            number -= rows_per_shard[shard]  # the row is in a later shard
+        row_order = permutation(rows_per_shard[shard], seed, epoch, shard)
+        return int(self.starts[shard]) + int(row_order[number]) * T
 
 
 @functools.lru_cache(maxsize=4)  # row_start asks for the same few again and again
@@ -465,8 +469,7 @@ def open_shards(folder):
         except OSError:
             raise
         except Exception as error:  # any: a wrong header can break NumPy's reader in any way
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{name} is damaged ({reason}); make it again") from error
+            raise ValueError(f"{name} is damaged ({first_line(error)}); make it again") from error
         if array.dtype != np.uint16 or array.ndim != 1 or len(array) == 0:
             raise ValueError(f"{name} holds {array.dtype} of shape {array.shape}, and a shard is "
                              "one row of uint16")
@@ -499,6 +502,8 @@ def load_data(path):
     for document in fineweb.read_text(path):
         parts.append(fineweb.encode(document, encoding))
         parts.append(np.array([encoding.eot_token], dtype=np.uint16))
+    if not parts:
+        raise ValueError("there is no text in it")
     tokens = np.concatenate(parts[:-1])  # no <|endoftext|> after the last document
     if len(tokens) < 20:
         raise ValueError(f"it has {len(tokens)} tokens, which is too few to train and validate on")
@@ -521,14 +526,14 @@ def fingerprint(*data):
 
 
 class DataLoaderLite:
-    """Cut tokens, Shards, into batches: B rows of T tokens for each of `world` processes.
+    """Cut tokens, Shards, into micro-batches: B rows of T tokens for each of `world` processes.
 
-    A micro-batch is what one process computes at once; several make up an update. position counts
-    the tokens that all processes together have taken since the run began. It is the same in all
-    of them, and each process takes its own B rows from there. So together they read what one
-    process would, in the same order.
+    A micro-batch is what one process computes at once. Several make up an update. The processes
+    take turns: the first B rows are process 0's, the next B process 1's, and so on. So together
+    they read what one process would, in the same order.
 
-    seed: the order of each epoch comes from it; None takes the data as they stand.
+    position: the tokens that all processes together have taken since the run began.
+    seed: the order of each epoch comes from it. With None the data stay as they are.
     Raises ValueError when the data are too short for one micro-batch.
     """
 
@@ -548,7 +553,7 @@ class DataLoaderLite:
             raise ValueError(f"it has {usable:,} tokens in whole sequences, and a micro-batch of "
                              f"{B} x {T} x {world} takes {B * T * world:,}; lower --batch_size or "
                              "--seq_len")
-        # Rows that don't fill an update are dropped: so an epoch never depends on B and world.
+        # Rows that don't fill an update are dropped, so an epoch doesn't depend on B and world.
         self.epoch_tokens = usable // total_batch_size * total_batch_size
         if self.epoch_tokens == 0:  # a text shorter than an update is read again within it
             self.epoch_tokens = usable
@@ -580,22 +585,24 @@ class DataLoaderLite:
 def get_lr(step, cfg):
     """Return the learning rate of update `step`, 0 .. max_steps - 1 (GPT-3's paper, appendix B).
 
-    It rises in a line to max_lr at the end of the warm-up, then falls along half a cosine to a
-    tenth of max_lr at the last update.
+    cfg: the settings of the run, a TrainConfig; its fields are explained in the section Settings.
+    The rate rises linearly to max_lr at the end of the warm-up. Then it falls along half a cosine
+    to a tenth of max_lr at the last update.
     """
     min_lr = 0.1 * cfg.max_lr
     warmup_steps = max(cfg.warmup_steps, 1)
     if step < warmup_steps:
         return cfg.max_lr * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste an update
     progress = (step + 1 - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
-    height = 0.5 * (1.0 + math.cos(math.pi * progress))  # from 1 down to 0
-    return min_lr + height * (cfg.max_lr - min_lr)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))  # from 1 down to 0
+    return min_lr + cosine * (cfg.max_lr - min_lr)
 
 
 def configure_optimizer(model, weight_decay, lr):
-    """Return AdamW for model. Only matrices are decayed: weights that multiply, and embeddings.
+    """Return AdamW for model.
 
-    Biases and LayerNorms are left alone, as is the custom.
+    Weight decay pulls on the matrices: linear layers and embeddings. It leaves biases and
+    LayerNorms alone.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -611,14 +618,13 @@ def configure_optimizer(model, weight_decay, lr):
 def evaluate(model, tokens, B, T, rank=0, world=1, should_stop=None):
     """Return the mean loss of tokens[1:], in nats a token, each token scored once.
 
-    The text is cut into rows of T and batches of B rows. The processes take turns with the
-    batches, so the result is the same for any number of them. should_stop() is asked before each
-    batch; when it said yes in any process, the result is None.
+    tokens: (n,) uint16. They are cut into rows of T, and batches of B rows. The processes take
+    turns with the batches, so the result is the same, up to rounding, for any number of them.
+    should_stop() is asked before each batch. If it says yes in any process, the result is None.
     """
     device = next(model.parameters()).device
     starts = range(rank * B * T, len(tokens) - 1, world * B * T)
-    losses = []
-    counts = []
+    losses = []  # (mean loss, number of tokens) of each batch
     stopped = 0
     hide = None if rank == 0 else True  # None: the bar shows on a terminal, and not in a file
     for start in tqdm(starts, desc="validation", leave=False, disable=hide):
@@ -627,14 +633,13 @@ def evaluate(model, tokens, B, T, rank=0, world=1, should_stop=None):
             break
         part = torch.from_numpy(tokens[start : start + B * T + 1].astype(np.int64))
         count = len(part) - 1  # B * T, and less in the last batch
-        # The last batch is filled up with targets of -100, which aren't scored.
-        x = F.pad(part[:-1], (0, B * T - count)).view(B, T)
-        y = F.pad(part[1:], (0, B * T - count), value=-100).view(B, T)
+        padding = B * T - count
+        x = F.pad(part[:-1], (0, padding)).view(B, T)
+        y = F.pad(part[1:], (0, padding), value=-100).view(B, T)  # -100: it isn't scored
         loss = model(x.to(device), y.to(device))[1]
-        losses.append(loss)  # not .item(): a GPU would wait after each batch
-        counts.append(count)
+        losses.append((loss, count))  # not loss.item(): a GPU would wait after each batch
 
-    total = sum(count * loss.item() for count, loss in zip(counts, losses))
+    total = sum(count * loss.item() for loss, count in losses)
     if world > 1:
         totals = torch.tensor([total, stopped], dtype=torch.float64, device=device)
         dist.all_reduce(totals)
@@ -676,13 +681,14 @@ def main(given, resume=False):
     given: the settings that the user asked for, {name: value}. The others come from a preset, or
     with resume from the newest checkpoint. Bad settings end the program with status 2.
     """
-    # Who am I, and what was asked for?
+    # Who am I, and what was asked for? settings: what is given, and the preset's or checkpoint's.
+    # The next checkpoint keeps them. cfg: the settings, and what this machine decides.
     rank = int(os.environ.get("RANK", 0))  # torchrun tells each of its processes
     world = int(os.environ.get("WORLD_SIZE", 1))
-    checkpoint = checkpoint_to_continue(given.get("log_dir", "log"), resume)
-    settings = choose_settings(given, checkpoint)  # what a checkpoint keeps
+    checkpoint = checkpoint_to_continue(given.get("log_dir", TrainConfig.log_dir), resume)
+    settings = choose_settings(given, checkpoint)
     device = pick_device(settings.get("device"))
-    cfg = make_config(settings, device)  # the same, and what this machine decides
+    cfg = make_config(settings, device)
     check_config(cfg)
     prepare(device)
     if world > 1:
@@ -693,27 +699,26 @@ def main(given, resume=False):
     model = build_model(cfg, checkpoint).to(device)
     if "batch_size" not in settings:
         cfg.batch_size = fitting_batch_size(cfg, model, device, world)
-    B, T = cfg.batch_size, cfg.seq_len
+    B = cfg.batch_size
+    T = cfg.seq_len
     check_batch(cfg, model, world)
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     loader, val_tokens, data_id = prepare_data(cfg, rank, world)
-    examples = prepare_hellaswag(cfg)
+    examples = prepare_hellaswag(cfg, model)
 
-    # Where the run goes on
-    first_step, tokens_seen, skipped = 0, 0, 0
-    if checkpoint is not None:
-        first_step, tokens_seen, skipped = restore(checkpoint, cfg, data_id, optimizer, scaler)
-        loader.position = tokens_seen
+    # Where the run begins, or goes on
+    first_step, tokens_seen, skipped = restore(checkpoint, cfg, data_id, optimizer, scaler)
+    loader.position = tokens_seen
     check_agreement(world, checkpoint=first_step, data=data_id, batch_size=B)
     lock = open_folder(cfg, model, checkpoint, rank, world)
     checkpoint = None  # let go of the tensors that nobody uses any more
     saver = CheckpointSaver(cfg, settings, model, optimizer, scaler, data_id, first_step)
     cfg.compile = cfg.compile and can_compile(device)
-    print_plan(cfg, model, device, world, loader, first_step)
+    print_plan(cfg, model, device, world, loader, grad_accum_steps, first_step)
 
-    # Only training uses train_model. All else uses model itself.
+    # Only training is compiled. Elsewhere the inputs have many shapes: each would be compiled.
     train_model = compile_model(model, device) if cfg.compile else model
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
@@ -723,11 +728,11 @@ def main(given, resume=False):
     stopping = False
     x, y = fetch_batch(loader, device)
     for step in range(first_step, cfg.max_steps + 1):
-        last_step = step == cfg.max_steps  # all updates are done: only save and evaluate
-        if stopping:
+        if stopping:  # the last update was told to be the last
             break
+        last_step = step == cfg.max_steps  # all updates are done: only save and evaluate
 
-        # First of all save: whatever fails below costs nothing.
+        # Save first. Then nothing is lost when something below fails.
         if rank == 0 and saver.wants(step, last_step):
             saver.save(step, tokens_seen, skipped, must_work=step == 0 or last_step)
 
@@ -735,8 +740,8 @@ def main(given, resume=False):
         if is_due(cfg.eval_interval, step, last_step):
             with autocast(device, cfg.dtype):
                 val_loss = evaluate(model, val_tokens, B, T, rank, world, stop.is_requested)
-            stopping = val_loss is None
-            if stopping:
+            if val_loss is None:
+                stopping = True
                 break
             log.validation(step, val_loss)
 
@@ -744,12 +749,12 @@ def main(given, resume=False):
         if is_due(cfg.hellaswag_interval, step, last_step):
             with autocast(device, cfg.dtype):
                 right = hellaswag.count_right(model, examples, rank, world, stop.is_requested)
-            stopping = right is None
-            if stopping:
+            if right is None:
+                stopping = True
                 break
             log.hellaswag(step, right, len(examples))
 
-        # Once in a while: let it write
+        # Once in a while: samples
         if is_due(cfg.sample_interval, step, last_step):
             for text in sample(model, "Hello, I'm a language model,"):
                 print0(">", text)
@@ -777,26 +782,26 @@ def main(given, resume=False):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
-        # A GPU only queues work. Here we wait for it, once, and the processes meet: each has the
-        # mean of its own losses, perhaps only one was asked to stop, and all have the same norm.
+        # The mean over all processes. The norm is the same in each of them. `asked` is above 0 if
+        # any of them was asked to stop. A GPU only queues work, and tolist() waits for it.
         asked = torch.full_like(loss_accum, stop.is_requested())
         totals = torch.stack([loss_accum, asked, norm])  # (3,)
         if world > 1:
             dist.all_reduce(totals)
-        loss, asked, norm = (totals / world).tolist()
+        mean_loss, asked, norm = (totals / world).tolist()
         stopping = asked > 0
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(mean_loss) and math.isfinite(norm):
             scaler.step(optimizer)
             skipped = 0
         else:
             skipped += 1  # such an update would make every weight NaN, for good
         scaler.update()
-        tokens_seen += cfg.total_batch_size  # the loader is one micro-batch further
+        tokens_seen += cfg.total_batch_size  # not loader.position: it is one micro-batch further
         dt = time.perf_counter() - t0  # seconds
 
-        log.update(step, loss, lr, norm, dt, skipped)
+        log.update(step, mean_loss, lr, norm, dt, skipped)
         if skipped == 5:
-            fail(f"step {step}: loss or gradient was no finite number 5 times in a row; "
+            fail(f"step {step}: loss or gradient was not finite 5 times in a row; "
                  "a lower --max_lr may help, or another --seed")
 
     if stopping:
@@ -812,8 +817,11 @@ def main(given, resume=False):
     return model
 
 
+# You have read the training. What follows keeps a long run alive, on any machine.
+
+
 def is_due(interval, step, last_step):
-    """Return whether what happens every `interval` updates happens now; 0 is never."""
+    """Return whether it is time: every `interval` updates, and after the last one. 0 is never."""
     return interval > 0 and (step % interval == 0 or last_step)
 
 
@@ -836,16 +844,21 @@ def prepare_data(cfg, rank, world):
         seed = cfg.seed if cfg.shuffle else None
         loader = DataLoaderLite(train_data, cfg.batch_size, cfg.seq_len, cfg.total_batch_size,
                                 rank, world, seed)
-        val_tokens = val_data[: cfg.val_tokens + 1]
+        val_tokens = val_data[: cfg.val_tokens + 1]  # the first token isn't scored
     return loader, val_tokens, fingerprint(train_data, val_data)
 
 
-def prepare_hellaswag(cfg):
+def prepare_hellaswag(cfg, model):
     """Return HellaSwag's examples, or none when the run doesn't want them."""
     if cfg.hellaswag_interval == 0:
         return []
     with or_fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 turns HellaSwag off)"):
-        return hellaswag.load_examples(gpt2_encoding())
+        examples = hellaswag.load_examples(gpt2_encoding())
+        longest = max(example.tokens.shape[1] for example in examples)
+        if longest > model.config.block_size:
+            raise ValueError(f"its longest example has {longest} tokens, and the model can read "
+                             f"{model.config.block_size}")
+    return examples
 
 
 def fetch_batch(loader, device):
@@ -858,26 +871,27 @@ def fetch_batch(loader, device):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def print_plan(cfg, model, device, world, loader, first_step):
+def print_plan(cfg, model, device, world, loader, grad_accum_steps, first_step):
     """Say in plain words what is about to happen, on what, and how to stop it."""
-    preset = preset_of(asdict(cfg))
     start = "a new model" if cfg.init_from == "scratch" else f"the model {cfg.init_from}"
+    source = f"the preset {preset_of(asdict(cfg))}"
+    if first_step > 0:
+        start = "the checkpoint's model"
+        source = "the checkpoint"
     parameters = sum(p.numel() for p in model.parameters())
     updates = cfg.max_steps - first_step
     tokens = updates * cfg.total_batch_size
     epochs = tokens / loader.epoch_tokens
     flops = tokens * flops_per_token(model, cfg.seq_len)
-    B, T = cfg.batch_size, cfg.seq_len
-    micro_batches = cfg.total_batch_size // (B * T * world)
     compiled = "compiled, so the first update takes a minute" if cfg.compile else "not compiled"
     print0(f"Train {start} of {parameters:,} parameters on {len(loader.tokens):,} tokens of "
            f"{cfg.data}.")
-    source = f"the preset {preset}" if first_step == 0 else "the checkpoint"
     print0(f"Settings that you don't give are those of {source}.")
     print0(f"Device: {device.type}, {world} process(es), {cfg.dtype}, {compiled}.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs = "
            f"{flops:.2e} FLOPs. The third update's line says how long it takes.")
-    print0(f"One update: {micro_batches} micro-batches of {B} x {T} tokens x {world} process(es).")
+    print0(f"One update: {grad_accum_steps} micro-batches of {cfg.batch_size} x {cfg.seq_len} "
+           f"tokens x {world} process(es).")
     print0("Ctrl-C saves and stops; the same command with --resume goes on. "
            f"Log and checkpoints: {cfg.log_dir}/")
     if first_step > 0:
@@ -890,10 +904,8 @@ class RunLog:
     def __init__(self, cfg, model, val_tokens, device, rank, world):
         self.cfg = cfg
         self.bytes_per_token = mean_token_bytes(val_tokens[1:])
-        self.flops = flops_per_token(model, cfg.seq_len) * cfg.total_batch_size  # of an update
-        self.peak = peak_flops(device, world)  # None where it isn't known
-        if cfg.dtype == "float32":
-            self.peak = None  # the table has 16-bit types only
+        self.flops_per_update = flops_per_token(model, cfg.seq_len) * cfg.total_batch_size
+        self.peak_flops = peak_flops(device, world, cfg.dtype)
         self.updates = 0
         self.started = None  # when the first update was done
         path = os.path.join(cfg.log_dir, "log.txt") if rank == 0 else os.devnull
@@ -911,7 +923,10 @@ class RunLog:
         self.write(step, "val", loss)
 
     def hellaswag(self, step, right, n):
-        """Print how many of n examples are right, when the lowest mean loss a token answers."""
+        """Print how many of n answers are right, by the lowest mean loss a token.
+
+        right: what hellaswag.count_right() returns.
+        """
         _, by_token, _ = right
         print0(f"step {step:5d} | HellaSwag: {by_token} of {n} right = {by_token / n:.4f}")
         self.write(step, "hella", by_token / n)
@@ -922,8 +937,9 @@ class RunLog:
             f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
             f"dt: {dt * 1000:.2f}ms | tok/sec: {self.cfg.total_batch_size / dt:.2f}"
         )
-        if self.peak is not None:
-            line += f" | peak: {self.flops / dt / self.peak:.1%}"
+        if self.peak_flops is not None:
+            # model FLOPs utilisation: the share of what the GPUs could do at best
+            line += f" | mfu: {self.flops_per_update / dt / self.peak_flops:.1%}"
         self.updates += 1
         if self.updates == 1:
             self.started = time.monotonic()  # the first update is slow: don't count it
@@ -978,7 +994,7 @@ class CheckpointSaver:
         When the disk fails: a warning, and the end of the run at the third time in a row or when
         must_work is true.
         """
-        path = os.path.join(self.cfg.log_dir, f"model_{step:05d}.pt")
+        path = checkpoint_path(self.cfg.log_dir, step)
         checkpoint = dict(
             model=self.model.state_dict(),
             model_config=asdict(self.model.config),
@@ -1016,16 +1032,21 @@ class CheckpointSaver:
         self.remove_old(step)
 
     def remove_old(self, step):
-        """Remove all but the newest keep_checkpoints, and those that are kept for good."""
-        older = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
-        for number in older[self.cfg.keep_checkpoints :]:
+        """Remove old checkpoints. The newest keep_checkpoints stay, and each 5000th update's."""
+        saved = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
+        for number in saved[self.cfg.keep_checkpoints :]:
             if number == 0 or number % KEPT_FOR_GOOD != 0:
                 with contextlib.suppress(OSError):  # an old file too many is no reason to end
-                    os.remove(os.path.join(self.cfg.log_dir, f"model_{number:05d}.pt"))
+                    os.remove(checkpoint_path(self.cfg.log_dir, number))
+
+
+def checkpoint_path(folder, step):
+    """Return the path of the checkpoint after `step` updates."""
+    return os.path.join(folder, f"model_{step:05d}.pt")
 
 
 def find_checkpoints(folder):
-    """Return the numbers of updates of the checkpoints in folder, the newest first."""
+    """Return how many updates the checkpoints in folder have behind them, the most first."""
     if not os.path.isdir(folder):
         return []
     matches = [re.fullmatch(r"model_(\d{5,})\.pt", name) for name in os.listdir(folder)]
@@ -1041,12 +1062,12 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive:  # PyTorch's format
             # Compare checksums. torch.load would take a flipped bit for a weight.
             if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")
+                raise ValueError("a checksum is wrong")  # caught below
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError:  # it holds more than tensors and plain values
-        checkpoint = {}
+        checkpoint = None
     except Exception as error:  # any: wrong bytes can break these lines in any way
         raise ValueError(f"{path} is damaged, or is no checkpoint") from error
     needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step",
@@ -1067,9 +1088,9 @@ def newest_checkpoint(folder):
     """Return the newest checkpoint in folder that is whole, or None. A warning names the others."""
     for number in find_checkpoints(folder):
         try:
-            return load_checkpoint(os.path.join(folder, f"model_{number:05d}.pt"))
+            return load_checkpoint(checkpoint_path(folder, number))
         except (OSError, ValueError) as error:
-            print0(f"warning: passed over: {error}", file=sys.stderr)
+            print0(f"warning: passed over a checkpoint: {error}", file=sys.stderr)
     return None
 
 
@@ -1113,15 +1134,19 @@ def load_model(name):
 def restore(checkpoint, cfg, data_id, optimizer, scaler):
     """Put a checkpoint's state into the optimizer and the scaler.
 
-    Returns (updates done, tokens seen, updates skipped in a row just before).
+    Returns (updates done, tokens seen, updates skipped in a row just before): three zeros for a
+    run that begins, whose checkpoint is None.
     """
+    if checkpoint is None:
+        return 0, 0, 0
     if checkpoint["step"] > cfg.max_steps:
         fail(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done already")
     if checkpoint["data_id"] != data_id:
         fail(f"--data {cfg.data}: the run in {cfg.log_dir} was begun with other data; give those, "
              "or leave out --resume to begin anew")
     state = optimizer.state_dict()
-    state["state"] = checkpoint["optimizer"]["state"]  # the averages; rate and decay are cfg's
+    # AdamW's averages are the checkpoint's. The rate and the decay are cfg's, which may be new.
+    state["state"] = checkpoint["optimizer"]["state"]
     optimizer.load_state_dict(state)
     if scaler.is_enabled() and checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
@@ -1129,7 +1154,7 @@ def restore(checkpoint, cfg, data_id, optimizer, scaler):
 
 
 def open_folder(cfg, model, checkpoint, rank, world):
-    """Claim log_dir for this run. Return its lock, which is free again however this process ends.
+    """Lock log_dir and make it ready for this run. Return the lock. Even kill -9 sets it free.
 
     A new run moves an earlier run's files into a numbered folder. A resumed run cuts the log back
     to its checkpoint. Only process 0 does anything.
@@ -1170,7 +1195,8 @@ def check_disk(log_dir, model):
 def put_earlier_run_aside(log_dir):
     """Move an earlier run's log.txt and model_*.pt into a numbered folder within log_dir."""
     names = ["log.txt"] if os.path.exists(os.path.join(log_dir, "log.txt")) else []
-    names += [f"model_{number:05d}.pt" for number in find_checkpoints(log_dir)]
+    for number in find_checkpoints(log_dir):
+        names.append(os.path.basename(checkpoint_path(log_dir, number)))
     if not names:
         return
     number = 1
@@ -1219,8 +1245,13 @@ def or_fail(what):
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or repr(error)
-        fail(f"{what}: {reason.splitlines()[0]}")
+        fail(f"{what}: {first_line(error)}")
+
+
+def first_line(error):
+    """Return what an exception says, in one line."""
+    reason = getattr(error, "strerror", None) or str(error) or repr(error)
+    return reason.splitlines()[0]
 
 
 def pick_device(name=None):
@@ -1290,8 +1321,8 @@ def keep_freed_memory():
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped, to be unmapped when it is freed
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back at the top
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap, whose memory goes back when it is freed
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the end of the heap
 
 
 def can_compile(device):
@@ -1300,27 +1331,28 @@ def can_compile(device):
         return False
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
-    except Exception as error:  # any: each thing that can be missing shows in a way of its own
-        reason = (str(error) or repr(error)).splitlines()[0]
-        print0(f"torch.compile doesn't work here, so the model runs without it: {reason}")
+    except Exception as error:  # any: a missing compiler, header or Triton each fail differently
+        print0(f"torch.compile doesn't work here, so the model runs without it: "
+               f"{first_line(error)}")
         return False
     return True
 
 
 def compile_model(model, device):
-    """Return model, compiled. On a CPU its results repeat bit for bit, like those without."""
+    """Return model, compiled. On a CPU a run then still repeats bit for bit."""
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs time
     return torch.compile(model)
 
 
-# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets. The first name that
-# the device's name contains counts.
+# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets. We take the first of
+# these names that is a part of the device's name.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -1331,9 +1363,9 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device, world):
+def peak_flops(device, world, dtype):
     """Return the operations a second that `world` such devices could do, None if not known."""
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
     for part, flops in PEAK_FLOPS.items():
@@ -1343,11 +1375,14 @@ def peak_flops(device, world):
 
 
 def expected_memory(model, B, T, dtype):
-    """Return about how many bytes training takes at its peak, as counted on a CPU."""
+    """Return about how many bytes training takes at its peak, without torch.compile.
+
+    The numbers were counted on a CPU.
+    """
     config = model.config
     # The weights, their gradients and AdamW's two averages, 4 bytes each
     parameter_bytes = 16 * sum(p.numel() for p in model.parameters())
-    # What each layer keeps for backward, for each number of its width
+    # What a layer keeps for the backward pass, in bytes a token, for each unit of its width
     layer_bytes = 65 if dtype == "float32" else 40
     # The logits, their softmax and its gradient, 4 bytes each
     token_bytes = layer_bytes * config.n_layer * config.n_embd + 12 * config.vocab_size
@@ -1355,7 +1390,7 @@ def expected_memory(model, B, T, dtype):
 
 
 def fitting_batch_size(cfg, model, device, world):
-    """Return the micro-batch for this machine: the largest power of two, up to cfg's.
+    """Return the micro-batch for this machine: cfg's, halved as often as need be.
 
     It has to divide an update's rows, and to fit into nine tenths of the memory.
     """
@@ -1367,10 +1402,7 @@ def fitting_batch_size(cfg, model, device, world):
         memory = 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     B = cfg.batch_size
-    while B > 1:
-        fits = expected_memory(model, B, cfg.seq_len, cfg.dtype) <= memory
-        if fits and rows % B == 0:
-            break
+    while B > 1 and (rows % B != 0 or expected_memory(model, B, cfg.seq_len, cfg.dtype) > memory):
         B //= 2
     return B
 
@@ -1390,16 +1422,16 @@ def start_processes(device, rank, world, timeout_minutes):
     )
 
 
-def check_agreement(world, **facts):
-    """End the program when the processes don't agree on facts, such as the checkpoint found."""
+def check_agreement(world, **values):
+    """End the program when the processes have different values, such as the checkpoint found."""
     if world == 1:
         return
     found = [None] * world
-    dist.all_gather_object(found, facts)
-    for name in facts:
-        values = [other[name] for other in found]
-        if len(set(values)) > 1:
-            fail(f"the processes have different values of {name}: {values}; all need the same "
+    dist.all_gather_object(found, values)
+    for name in values:
+        answers = [other[name] for other in found]
+        if len(set(answers)) > 1:
+            fail(f"the processes have different values of {name}: {answers}; all need the same "
                  "--data, --log_dir and --batch_size")
 
 
@@ -1473,14 +1505,15 @@ class TrainConfig:
     checkpoint_interval: int = setting(5000, "updates between checkpoints; 0 turns them off")
     checkpoint_minutes: float = setting(30.0, "also save every so many minutes; 0 turns this off")
     keep_checkpoints: int = setting(3, "keep so many of the newest, and each 5000th update's")
-    device: str = setting("cuda", "cuda, mps or cpu; the best there is")
-    dtype: str = setting("bfloat16", "bfloat16, float16 or float32, for products; the fastest")
-    compile: bool = setting(True, "use torch.compile; on a GPU, and on a CPU with bfloat16")
+    device: str = setting("cuda", "cuda, mps or cpu")
+    dtype: str = setting("bfloat16", "bfloat16, float16 or float32, for matrix products")
+    compile: bool = setting(True, "use torch.compile")
     timeout_minutes: float = setting(10.0, "how long processes wait for one that hangs")
-    seed: int = setting(1337, "of the first weights, the data's order, and --sample")
+    seed: int = setting(1337, "decides on the first weights, the data's order, and --sample")
 
 
-# The machine decides these four, unless they are given. A checkpoint doesn't keep what it decided.
+# The machine decides these four, unless they are given. What it decides is in no checkpoint, since
+# the run may go on on another machine.
 FROM_THE_MACHINE = ("batch_size", "device", "dtype", "compile")
 
 LAPTOP = dict(  # three epochs of input.txt; one is 283 updates
@@ -1493,11 +1526,11 @@ FINE_TUNE = dict(
     eval_interval=25, val_tokens=2**17, hellaswag_interval=0, sample_interval=25,
     checkpoint_interval=50,
 )
-# How the settings of each --model differ from TrainConfig's defaults. Learning rates and batch
-# sizes are those of GPT-3's paper, table 2.1; the GPT-2s have those of their size.
+# How the settings of each preset differ from TrainConfig's defaults. The GPTs have the learning
+# rates and batch sizes of GPT-3's paper, table 2.1, for their size.
 PRESETS = {
     "laptop": LAPTOP,
-    "fine-tune": FINE_TUNE,  # what --init_from takes
+    "fine-tune": FINE_TUNE,  # for --init_from
     "gpt2": dict(),
     "gpt2-medium": dict(max_lr=3e-4),
     "gpt2-large": dict(max_lr=2.5e-4),
@@ -1519,9 +1552,9 @@ def preset_of(settings):
 
 
 def choose_settings(given, checkpoint):
-    """Return all settings of a run, {name: value}, but those that the machine decides.
+    """Return the settings of a run, {name: value}, without those that the machine will decide.
 
-    What is given wins; the checkpoint or a preset has the others.
+    What is given wins. The others are the checkpoint's, or else a preset's.
     """
     if checkpoint is not None:
         return continued_settings(given, checkpoint)
@@ -1536,15 +1569,13 @@ def choose_settings(given, checkpoint):
     # With a GPU and shards: GPT-2 (124M). Otherwise the laptop's model.
     has_gpu = pick_device(given.get("device")).type == "cuda"
     model = "gpt2" if has_gpu and os.path.isdir(data) else "laptop"
-    settings = dict(model=model, data=data) | given
-    if settings["model"] not in MODEL_SIZES:
-        fail(f"--model {settings['model']} is none of {', '.join(MODEL_SIZES)}")
-    preset = preset_of(settings)
-    settings = asdict(TrainConfig()) | PRESETS[preset] | settings
+    chosen = dict(model=model, data=data) | given
+    if chosen["model"] not in MODEL_SIZES:
+        fail(f"--model {chosen['model']} is none of {', '.join(MODEL_SIZES)}")
+    defaults = asdict(TrainConfig()) | PRESETS[preset_of(chosen)]
     for name in FROM_THE_MACHINE:
-        if name not in given:
-            del settings[name]
-    return settings
+        del defaults[name]
+    return defaults | chosen
 
 
 def continued_settings(given, checkpoint):
@@ -1558,15 +1589,14 @@ def continued_settings(given, checkpoint):
     for name in ("model", "init_from"):
         if given.get(name, settings[name]) != settings[name]:
             fail(f"--{name} {given[name]}: the run was begun with {settings[name]}; leave it out")
-    # The folder is the one we found the checkpoint in, whatever its name was then.
+    # The folder may have been renamed. We take the name under which we found the checkpoint.
     log_dir = given.get("log_dir", TrainConfig.log_dir)
     return settings | given | dict(log_dir=log_dir)
 
 
 def make_config(settings, device):
-    """Return the TrainConfig of settings on device."""
-    limit = PRESETS[preset_of(settings)].get("batch_size", TrainConfig.batch_size)
-    cfg = TrainConfig(**dict(batch_size=limit) | settings)
+    """Return the TrainConfig of settings on device. Its batch_size may still be too large."""
+    cfg = TrainConfig(**PRESETS[preset_of(settings)] | settings)
     cfg.device = device.type
     if "dtype" not in settings:
         cfg.dtype = best_dtype(device)
@@ -1599,7 +1629,7 @@ def check_batch(cfg, model, world):
     """End the program when sequences are too long, or micro-batches don't make up an update."""
     block_size = model.config.block_size
     if cfg.seq_len > block_size:
-        fail(f"--seq_len {cfg.seq_len} is more than the model can read; "
+        fail(f"--seq_len {cfg.seq_len} is longer than the model's block_size; "
              f"give --seq_len {block_size} or less")
     tokens = cfg.batch_size * cfg.seq_len * world
     if cfg.total_batch_size % tokens != 0:
@@ -1607,7 +1637,7 @@ def check_batch(cfg, model, world):
         multiple = math.ceil(cfg.total_batch_size / row) * row
         fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size x "
              f"--seq_len x processes = {cfg.batch_size} x {cfg.seq_len} x {world} = {tokens}; "
-             f"{multiple} would be a multiple for --batch_size 1")
+             f"with --batch_size 1 --total_batch_size {multiple} would be a multiple")
 
 
 # -----------------------------------------------------------------------------
@@ -1619,33 +1649,35 @@ def parse_flags(argv=None):
     rows = []
     for name, row in PRESETS.items():
         differences = ", ".join(f"{key} {value}" for key, value in row.items())
-        rows.append(f"  {name:12s} {differences or 'as above'}")
+        rows.append(f"  {name:12s} {differences or 'nothing'}")
     parser = argparse.ArgumentParser(
-        description="Train GPT-2. In brackets stand the settings of GPT-2 (124M).",
-        epilog="Other settings of the presets:\n" + "\n".join(rows),
+        description="Train GPT-2. The values in brackets are those of GPT-2 (124M).",
+        epilog="What the presets change:\n" + "\n".join(rows),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what isn't given is left out
         allow_abbrev=False,
     )
     parser.error = fail  # argparse's own error prints the usage first
-    settings = parser.add_argument_group("settings of a run")
+    group = parser.add_argument_group("settings of a run")
     for f in fields(TrainConfig):
-        help = f"{f.metadata['help']} [{f.default}]"
+        default = "what suits the machine" if f.name in FROM_THE_MACHINE else f.default
+        help = f"{f.metadata['help']} [{default}]"
         if f.type is bool:
-            settings.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
         else:
-            settings.add_argument(f"--{f.name}", type=f.type, metavar="X", help=help)
+            group.add_argument(f"--{f.name}", type=f.type, metavar="X", help=help)
     other = parser.add_argument_group("what to do")
     other.add_argument("--resume", action="store_true", default=False,
                        help="go on from the newest checkpoint in log_dir, with its settings")
-    other.add_argument("--export", metavar="FOLDER", default=None,
-                       help="write the newest checkpoint, or init_from, in Hugging Face's format")
-    other.add_argument("--sample", metavar="TEXT", default=None,
-                       help="continue this text with the newest checkpoint, or init_from")
+    instead = other.add_mutually_exclusive_group()
+    instead.add_argument("--export", metavar="FOLDER", default=None,
+                         help="write the newest checkpoint, or init_from, in Hugging Face's format")
+    instead.add_argument("--sample", metavar="TEXT", default=None,
+                         help="continue this text with the newest checkpoint, or init_from")
     other.add_argument("--num_samples", type=int, default=4, metavar="X",
                        help="how many texts --sample writes [4]")
     other.add_argument("--max_new_tokens", type=int, default=256, metavar="X",
-                       help="the tokens of each [256]")
+                       help="tokens in each of them [256]")
     other.add_argument("--temperature", type=float, default=1.0, metavar="X",
                        help="below 1 likelier tokens are preferred; 0 takes the likeliest [1.0]")
     other.add_argument("--top_k", type=int, default=50, metavar="X",
@@ -1659,13 +1691,15 @@ def parse_flags(argv=None):
 def load_asked_model(given):
     """Return the model that --init_from names, or else that of the newest checkpoint."""
     if "init_from" in given:
-        with or_fail(f"--init_from {given['init_from']}"):
-            return load_model(given["init_from"])
-    log_dir = given.get("log_dir", TrainConfig.log_dir)
-    if not find_checkpoints(log_dir):
-        fail(f"--log_dir {log_dir}: it holds no checkpoint; give --init_from to name a model")
-    with or_fail(f"--log_dir {log_dir}"):
-        return load_model(log_dir)
+        flag = "--init_from"
+        name = given["init_from"]
+    else:
+        flag = "--log_dir"
+        name = given.get("log_dir", TrainConfig.log_dir)
+        if not find_checkpoints(name):
+            fail(f"--log_dir {name}: it holds no checkpoint; give --init_from to name a model")
+    with or_fail(f"{flag} {name}"):
+        return load_model(name)
 
 
 def write_samples(given, options):
@@ -1701,7 +1735,7 @@ def write_samples(given, options):
 def export(given, folder):
     """Write the model into folder in Hugging Face's format, with GPT-2's tokenizer.
 
-    The rows of padding go: the vocabulary has 50257 tokens again.
+    The vocabulary has 50257 tokens again, without our padding.
     """
     model = load_asked_model(given)
     import transformers  # slow to import, and needed only here
@@ -1742,7 +1776,7 @@ if __name__ == "__main__":
             export(given, options.export)
         else:
             main(given, options.resume)
-    except KeyboardInterrupt:  # before the first update: nothing is lost
+    except KeyboardInterrupt:  # not in the training loop, which has a StopRequest
         sys.exit(130)
     except torch.OutOfMemoryError as error:
         flag = "--batch_size" if options.sample is None else "--num_samples"

@@ -34,10 +34,10 @@ SHAPE = dict(n_layer=2, n_head=2, n_embd=32) if QUICK else train_gpt2.MODEL_SIZE
 # The parts of a step, by what PyTorch calls its operations and NVIDIA its kernels. The first
 # pattern that fits counts.
 PARTS = {
+    "attention": "scaled_dot_product|flash|fmha|sdpa",  # first: its kernels say cutlass too
     "matrix products": r"^aten::(mm|addmm)$|gemm|nvjet|cutlass",
-    "attention": "scaled_dot_product|flash|fmha|sdpa",
     "AdamW": "(?i:adam)",
-    "logits' losses and their gradient": "softmax|nll_loss",
+    "logits' losses and their gradient": "(?i:softmax)|nll_loss",
     "GELU": "gelu",
     "LayerNorm, residual stream": "layer_norm",
     "casts, copies, sums, the gradient's norm, Python": "",
@@ -99,11 +99,14 @@ def step():
         for _ in range(20):
             a @ b
 
-    B, T = (64, 1024) if DEVICE.type == "cuda" else (4, 32 if QUICK else 256)
     model = make_model()
+    B, T = 4, 32 if QUICK else 256
+    if DEVICE.type == "cuda":
+        T = 1024
+        B = train_gpt2.fitting_batch_size(train_gpt2.TrainConfig(dtype=DTYPE), model, DEVICE, 1)
     flops = B * T * train_gpt2.flops_per_token(model, T)
     train_model = model
-    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, fused=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-4)
     tokens = np.random.default_rng(0).integers(50257, size=50 * B * T, dtype=np.uint16)
     loader = train_gpt2.DataLoaderLite(train_gpt2.Shards([tokens]), B, T, B * T)
     x, y = train_gpt2.fetch_batch(loader, DEVICE)
@@ -130,7 +133,8 @@ def step():
     optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
     share("AdamW fused")
     train_gpt2.prepare(DEVICE)
-    result = share("on a CPU, the C library keeps freed memory")
+    on_this_device = "TF32" if DEVICE.type == "cuda" else "the C library keeps freed memory"
+    result = share(on_this_device)
     if not QUICK and train_gpt2.can_compile(DEVICE):
         torch._inductor.config.cpp.enable_kernel_profile = True  # so that its kernels have names
         train_model = torch.compile(model)

@@ -181,7 +181,7 @@ def ladder():
         model = GPT(GPTConfig(vocab_size=vocab_size, **SHAPE)).to(DEVICE)
         train_gpt2.CausalSelfAttention = flash
         train_model = torch.compile(model) if compiled and not QUICK else model
-        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=fused)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=fused or None)
         x = torch.randint(50257, (B, T), device=DEVICE)
         y = torch.randint(50257, (B, T), device=DEVICE)
 

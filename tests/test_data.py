@@ -95,6 +95,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 @pytest.mark.parametrize("name, content, words", [
     ("my.txt", None, ["no such file", "{folder}"]),
     ("my.txt", b"", ["0 tokens"]),
+    ("my.txt", b"\n<|endoftext|>\n", ["no text"]),
     ("my.txt", b"caf\xe9" * 100, ["UTF-8"]),
     ("my.jsonl", b'{"text": "a"}\n' * 100, ["fineweb.py --files my.jsonl", "--data"]),
     ("my.parquet", b"PAR1" * 100, ["fineweb.py --files my.parquet", "--data"]),

@@ -135,20 +135,22 @@ def test_what_is_compiled_for_a_cpu_is_deterministic():
 
 
 @pytest.mark.parametrize("name, teraflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", None), ("NVIDIA A100-SXM4-80GB", 312),
     ("Tesla T4", 65), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce GTX 1080", None),
 ])
 def test_a_gpus_peak_by_its_name(monkeypatch, name, teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     if teraflops is None:
-        assert train_gpt2.peak_flops(CUDA, 1) is None
+        assert train_gpt2.peak_flops(CUDA, 1, "float16") is None
     else:
-        assert train_gpt2.peak_flops(CUDA, 1) == teraflops * 1e12
-        assert train_gpt2.peak_flops(CUDA, 8) == 8 * teraflops * 1e12
+        assert train_gpt2.peak_flops(CUDA, 1, "bfloat16") == teraflops * 1e12
+        assert train_gpt2.peak_flops(CUDA, 8, "bfloat16") == 8 * teraflops * 1e12
+        assert train_gpt2.peak_flops(CUDA, 1, "float32") is None
 
 
 def test_a_cpus_peak_is_not_known():
-    assert train_gpt2.peak_flops(CPU, 1) is None
+    assert train_gpt2.peak_flops(CPU, 1, "bfloat16") is None
 
 
 @pytest.mark.parametrize("gigabytes, world, B", [

@@ -162,6 +162,14 @@ def test_hellaswag_that_cannot_be_had_ends_the_run_before_it_begins(train, fails
     assert not os.path.exists("log")
 
 
+def test_hellaswag_that_is_too_long_for_the_model(train, fails, monkeypatch):
+    take_examples(20)
+    monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", dict(block_size=16, **SHAPE))
+    message = fails(train, hellaswag_interval=4)
+    assert "--hellaswag_interval 4" in message and "can read 16" in message
+    assert not os.path.exists("log")
+
+
 # -----------------------------------------------------------------------------
 # The folder
 
@@ -387,6 +395,7 @@ def resume_each(train, settings, steps):
         assert LOG.read_text() == Path("whole/log.txt").read_text()
         assert same(model, resumed)
         saved = f"step {k:5d} | saved log/model_{k:05d}.pt\n"
+        assert "Train the checkpoint's model of" in out
         _, begin, rest = out.partition(f"Going on after {k} of {newest} updates.\n")
         assert begin and rest == whole.split(saved)[1]  # losses, samples, evaluations
         again = torch.load(f"log/model_{newest:05d}.pt")

@@ -245,20 +245,20 @@ def test_the_steps_line(small, capsys):
     for match in matches:
         seconds = float(match[2]) / 1000
         assert float(match[3]) * seconds == pytest.approx(64, rel=0.01)
-        assert "peak" not in match[4]  # a CPU's isn't known
+        assert "mfu" not in match[4]  # a CPU's isn't known
     ends = [match[4] for match in matches if match[4]]
     assert len(ends) == 1
     assert re.fullmatch(r" \| left: \d+\.\d min", ends[0])
 
 
 def test_the_steps_line_where_the_peak_is_known(small, capsys, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "peak_flops", lambda device, world: 1e12)
+    monkeypatch.setattr(train_gpt2, "peak_flops", lambda device, world, dtype: 1e12)
     model = GPT(GPTConfig(**train_gpt2.MODEL_SIZES["laptop"], vocab_size=50304))
     matrices = 50304 * 16 + 2 * 12 * 16 * 16
     flops = 6 * matrices + 12 * 2 * 16 * 16  # a token, with 2 layers, 16 wide, 16 long
     assert train_gpt2.flops_per_token(model, 16) == flops
     for match in step_lines(capsys, max_steps=2, dtype="bfloat16"):
-        percent = float(re.fullmatch(r" \| peak: (\d+(?:\.\d+)?)%", match[4])[1])
+        percent = float(re.fullmatch(r" \| mfu: (\d+(?:\.\d+)?)%", match[4])[1])
         assert percent == pytest.approx(100 * flops * float(match[3]) / 1e12, abs=0.06)
 
 
