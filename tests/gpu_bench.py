@@ -1,6 +1,6 @@
 """How fast is it on an NVIDIA GPU, and how much memory does it take?
 
-    python tests/gpu_bench.py                    # all of it, in about ten minutes
+    python tests/gpu_bench.py                    # all of it
     python tests/gpu_bench.py ladder memory      # some of it
     python tests/gpu_bench.py ways=flash,b32     # some ways
     python tests/gpu_bench.py --quick            # tiny, on a CPU: does this file work?
