@@ -9,8 +9,8 @@
 A shard is a NumPy file: one row of uint16, 100M tokens long. The last shard holds what is left.
 Shard 0 is for validation. Every document begins with the token <|endoftext|>.
 
-If it is stopped or killed, the same command goes on after the last whole shard. An .npy file that
-has its final name is complete, and SHA256SUMS holds its checksum.
+If it is stopped or killed, the same command goes on after the last whole shard. A file named .npy
+is complete. Its checksum is then added to SHA256SUMS.
 """
 import argparse
 import errno
@@ -71,21 +71,22 @@ def gpt2_encoding():
     )
 
 
-# tiktoken fails at a million white-space characters in a row, and at texts of some gigabytes.
-# So a long text is encoded in pieces of at most this many characters.
+# tiktoken fails when a million white-space characters stand between two words, and at texts of some
+# gigabytes. So a long text is encoded in pieces of at most this many characters.
 PIECE = 500_000
+WORD_END = re.compile(r"\S(?=[ \n])")  # the last letter of a word, before a space or line break
 
 
 def split_long_text(text):
     """Yield the pieces of text, a str, each short enough for tiktoken.
 
     A space or line break after a word begins a new token, so a cut in front of it changes no
-    token. Only a piece whose second half has no such place is cut anywhere.
+    token. If the second half of a piece has no such place, the piece is cut at its end.
     """
     start = 0
     while len(text) - start > PIECE:
         end = start + PIECE
-        word_end = re.compile(r"\S(?=[ \n])").search(text, start + PIECE // 2, end)
+        word_end = WORD_END.search(text, start + PIECE // 2, end)
         if word_end:
             end = word_end.end()
         yield text[start:end]
@@ -162,8 +163,8 @@ def in_order(pool, function, items, at_once):
 @contextmanager
 def start_workers(count):
     """Provide a pool of processes that tokenise. They end with this context, however it ends."""
-    # A new process is safer than a fork: the libraries that download have threads, and a fork of
-    # a process with threads can hang.
+    # Spawn, not fork: the libraries that download have threads, and a fork of a process with
+    # threads can hang.
     spawn = mp.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=prepare_worker)
     try:
@@ -196,13 +197,14 @@ def end_with_parent():
 def cut(documents, shard_size, document=0, place=0):
     """Lay documents end to end, (n,) uint16 each, and cut the row into shards.
 
-    Yields (shard, document, place). shard is (shard_size,) uint16, the last one may be shorter,
-    and its array is used again for the next shard. The next shard begins in that document, at that
-    place in it. To go on from there, pass both, with the documents from that one on.
+    Yields (shard, document, place): the next shard begins in the document with that number, place
+    tokens into it. To go on from there, pass both, and the documents from that one on.
+    shard is (shard_size,) uint16, the last one may be shorter. Its array is used again for the next
+    shard.
     """
     shard = np.empty(shard_size, dtype=np.uint16)
     filled = 0
-    for document, tokens in enumerate(documents, document):
+    for tokens in documents:
         while place < len(tokens):  # a document may be longer than a shard
             part = tokens[place : place + shard_size - filled]
             shard[filled : filled + len(part)] = part
@@ -211,9 +213,10 @@ def cut(documents, shard_size, document=0, place=0):
             if filled == shard_size:
                 yield shard, document, place
                 filled = 0
+        document += 1
         place = 0
     if filled:
-        yield shard[:filled], document + 1, 0
+        yield shard[:filled], document, 0
 
 
 def shard_name(number):
@@ -277,7 +280,8 @@ def atomic_write(path):
     """
     unfinished = f"{path}.tmp"
     try:
-        with open(unfinished, "wb+", buffering=2**20) as f:  # torch.save writes in small pieces
+        # a large buffer, since torch.save, in train_gpt2.py, writes in small pieces
+        with open(unfinished, "wb+", buffering=2**20) as f:
             yield f
             f.flush()
             try:
@@ -293,8 +297,8 @@ def atomic_write(path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Reading documents. A document is (origin, text). origin tells the user where it stands. text is
-# what the file holds there, which may not be a str; None if it can't be read.
+# Reading documents. A document is (origin, text). origin is its place, for messages, such as
+# "a.jsonl, line 3". text should be a str. What is none will be skipped.
 
 
 def read_text(path):
@@ -400,7 +404,7 @@ def read_hub(args, progress):
 
 
 def read_hub_once(args, progress, first):
-    """Yield the texts of the data set's rows from the one numbered first on.
+    """Yield the texts of the data set's rows, from row `first` on, counted from 0.
 
     Notes the data set's revision in progress, so that later calls read the same one. Raises what
     `datasets` raises, and ValueError if there is no column `text`.
@@ -409,7 +413,7 @@ def read_hub_once(args, progress, first):
 
     revision = progress["revision"]
     builder = load_dataset_builder(args.dataset, name=args.name, revision=revision)
-    if revision not in (None, builder.hash):  # without a network it takes another from its cache
+    if revision not in (None, builder.hash):  # without a network, datasets takes another one
         raise ConnectionError(f"its revision {revision} can't be had now, only {builder.hash}")
     if builder.repo_id:  # a data set in a local folder has no revision
         progress["revision"] = builder.hash
@@ -419,12 +423,10 @@ def read_hub_once(args, progress, first):
     else:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split="train")
-    row = next(iter(dataset), {})
-    if "text" not in row:
-        raise ValueError(f"it has no column 'text', only {', '.join(row) or 'nothing at all'}")
+    dataset = dataset.select_columns("text")
     if not args.stream and first == len(dataset):  # skip would raise IndexError
         return
-    for rows in dataset.select_columns("text").skip(first).iter(batch_size=128):
+    for rows in dataset.skip(first).iter(batch_size=128):
         yield from rows["text"]
 
 
@@ -437,8 +439,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     progress = begin(args)
     if progress["shards"]:
-        print(f"{args.out} holds {progress['shards']} whole shards: going on after them",
-              file=sys.stderr)
+        print(f"{args.out} holds {progress['shards']} whole shards already", file=sys.stderr)
 
     if args.files:
         documents = islice(read_files(args.files), progress["document"], None)
@@ -446,6 +447,7 @@ def main(argv=None):
         documents = read_hub(args, progress)
 
     try:
+        gpt2_encoding()  # if the tokenizer's files are damaged, this says so, once
         if not progress["done"]:
             with start_workers(args.workers) as pool:
                 results = in_order(pool, tokenize_batch, batches(documents), 2 * args.workers)
@@ -459,14 +461,14 @@ def main(argv=None):
              f"--workers {args.workers}, or split large documents. The same command goes on.")
     except MemoryError:
         fail("the memory is full: use fewer --workers, or split large documents")
-    except GiveUp as problem:
-        fail(problem)
-    except (OSError, ValueError) as error:
+    except (GiveUp, ValueError) as error:
+        fail(one_line(error))
+    except OSError as error:
         fail(f"--out {args.out}: {one_line(error)}")
 
 
 def parse_arguments(argv):
-    """Return the settings of the command line. Ends the program if one of them can't be."""
+    """Return the settings of the command line. Ends the program if one of them is invalid."""
     parser = argparse.ArgumentParser(description="Turn documents into shards of GPT-2's tokens.")
     parser.error = fail  # without argparse's usage block
     add = parser.add_argument
@@ -484,9 +486,10 @@ def parse_arguments(argv):
 
     if args.dataset == parser.get_default("dataset") and not args.name:
         args.name = "sample-10BT"
-    for name in ("shard_size", "workers"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)} is not a number above 0")
+    for name in ("shard_size", "workers", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name} {value} is not a number above 0")
     if args.max_tokens is not None and args.max_tokens <= args.shard_size:
         fail(f"--max_tokens {args.max_tokens} fills only the validation shard: lower --shard_size")
     for path in args.files or []:
@@ -513,7 +516,8 @@ def begin(args):
 
     Makes the folder for the shards. Ends the program if it can't be used.
     """
-    settings = dict(  # these decide which tokens are written
+    # These decide which tokens are written. A file of the same size is taken to be the same.
+    settings = dict(
         dataset=args.dataset,
         name=args.name,
         shard_size=args.shard_size,
@@ -545,7 +549,7 @@ def write_shards(results, args, progress):
     results: lists of (origin, tokens), from tokenize_batch, from progress's document on.
     Raises OSError if the disk doesn't take them.
     """
-    before = progress["tokens"] - progress["place"]  # tokens in front of the first document
+    before = progress["tokens"] - progress["place"]  # tokens before the document we go on in
     with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens, initial=before) as bar:
         limit = args.max_tokens or sys.maxsize
         documents = limit_tokens(results, limit - before, progress, bar)
@@ -583,7 +587,7 @@ def limit_tokens(results, limit, progress, bar):
 def finish(args, progress):
     """Tell what was written and skipped. Ends the program if there is nothing to train on."""
     if progress["skipped"]:
-        print(f"{progress['skipped']:,} documents were skipped because their text can't be used. "
+        print(f"skipped documents, whose text can't be used: {progress['skipped']:,}. "
               f"The first one: {progress['first_skipped']}", file=sys.stderr)
     if progress["tokens"] == 0:
         source = "--files" if args.files else f"--dataset {args.dataset}"
@@ -610,7 +614,10 @@ def write_progress(folder, progress):
 
 
 def read_progress(folder):
-    """Return what write_progress wrote, None if it never did; raise ValueError if damaged."""
+    """Return what write_progress wrote, None if it never did.
+
+    Raises ValueError if that is damaged.
+    """
     try:
         with open(os.path.join(folder, "progress.json"), "rb") as f:
             lines = f.read().split(b"\n")
@@ -635,7 +642,7 @@ def check_progress(folder, progress, settings):
 
 
 def is_finished(folder):
-    """Return False if fineweb.py has begun to write shards to folder and not ended yet."""
+    """Return whether all of fineweb.py's shards are in folder, or none of its shards at all."""
     try:
         progress = read_progress(folder)
     except (OSError, ValueError):  # it can't be read, so it says nothing
@@ -646,7 +653,7 @@ def is_finished(folder):
 # -------------------------------------------------------------------------------------------------
 # When the network fails, and when nothing helps
 
-MAX_RETRIES = 20  # one after another without a single row in between: about a quarter of an hour
+MAX_RETRIES = 20  # in a row; they take a quarter of an hour
 
 
 class GiveUp(Exception):

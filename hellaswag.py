@@ -65,29 +65,9 @@ EXAMPLES = 10_042  # the number of lines in that file
 # The file
 
 
-def fetch(url):
-    """Return the bytes that url answers with, in one try.
-
-    Raises OSError or http.client.HTTPException if they don't all arrive.
-    """
-    data = bytearray()
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        length = answer.length  # in bytes, or None if the server doesn't say
-        with tqdm(total=length, unit="B", unit_scale=True, desc="HellaSwag", disable=None) as bar:
-            while True:
-                block = answer.read(2**16)
-                if not block:
-                    break
-                data += block
-                bar.update(len(block))
-    if length is not None and len(data) < length:
-        raise OSError(f"the connection broke after {len(data):,} of {length:,} bytes")
-    return bytes(data)
-
-
 def save(path, data):
     """Write data to the file at path, whole or not at all, while others may do the same."""
-    # two machines that share a folder may use one process id, so their names are in it too
+    # Machines that share a folder may have equal process ids, so the machine's name is needed too.
     private = f"{path}.{socket.gethostname()}.{os.getpid()}"
     try:
         with open(private, "wb") as f:
@@ -107,9 +87,11 @@ def download(path=PATH, url=URL):
         return
 
     by_hand = f"download it by hand and save it as {path}"
-    for wait in (1, 2, 4, 8, None):  # seconds until the next try; after the fifth there is none
+    waits = [1, 2, 4, 8]  # seconds before each further try
+    while True:
         try:
-            data = fetch(url)
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                data = answer.read()
             break
         except urllib.error.HTTPError as error:
             problem = f"HTTP status {error.code}"
@@ -117,8 +99,9 @@ def download(path=PATH, url=URL):
         except (OSError, http.client.HTTPException) as error:
             problem = str(error) or repr(error)
             worth_retrying = True
-        if wait is None or not worth_retrying:
+        if not waits or not worth_retrying:
             raise OSError(f"{url}: {problem}; {by_hand}")
+        wait = waits.pop(0)
         print(f"{url}: {problem}; next try in {wait} s", file=sys.stderr)
         time.sleep(wait)
 
@@ -206,7 +189,7 @@ class Rendered:
 def render(example, encoding):
     """Return (tokens, mask) of an example, both (4, T) int64, as the top of this file shows them.
 
-    Row i has the context and behind it ending i. mask is 1 at the tokens of the ending.
+    Row i is the context, followed by ending i. mask is 1 at the tokens of the ending.
     """
     context = encoding.encode_ordinary(example["ctx"])
     endings = []
@@ -241,9 +224,9 @@ def render_all(examples, encoding):
 def make_batches(examples, model, device):
     """Return batches of examples, a list of (numbers, T).
 
-    numbers says which examples are in the batch. Their rows are filled up to the length T.
-    Examples of about the same length share a batch, so there is little to fill up. The longest
-    come first: if the memory is too small for them, that shows at once.
+    numbers says which examples are in the batch. Their rows are padded to the length T. Examples of
+    about the same length share a batch, so there is little padding. The longest come first: if the
+    memory is too small for them, that shows at once.
     """
     lengths = [example.tokens.shape[1] for example in examples]
     order = sorted(range(len(examples)), key=lambda number: lengths[number], reverse=True)
@@ -254,7 +237,7 @@ def make_batches(examples, model, device):
     while start < len(order):
         T = lengths[order[start]]  # the longest of those that are left
         if device.type != "cpu":
-            # a GPU needs more time for a shape that is new to it, so there are only a few
+            # A new shape costs a GPU extra time. With multiples of 64 there are only a few.
             rounded = math.ceil(T / 64) * 64
             if rounded <= model.config.block_size:
                 T = rounded
@@ -265,10 +248,10 @@ def make_batches(examples, model, device):
 
 
 def score(model, examples, T, device):
-    """Return what the endings of N examples cost, in nats, in three ways: (N, 3, 4) float32.
+    """Return the losses of the endings of N examples, in nats, in three ways: (N, 3, 4) float32.
 
-    The cost of an ending is minus the logarithm of its probability. It is the sum of its tokens'
-    losses. The three ways are this sum, its mean over the tokens, and its mean over the characters.
+    The loss of an ending is minus the logarithm of its probability. It is the sum of its tokens'
+    losses. The three ways are this sum, its mean per token, and its mean per character.
     """
     N = len(examples)
     tokens = torch.zeros(N, 4, T, dtype=torch.int64)
@@ -280,8 +263,8 @@ def score(model, examples, T, device):
     tokens = tokens.view(4 * N, T).to(device)  # (4N, T)
     mask = mask.view(4 * N, T).to(device)  # (4N, T)
 
-    # The vector at position t predicts the token at t + 1. So the vectors leave out the last
-    # position, and what they predict leaves out the first.
+    # The vector at position t predicts the token at t + 1. So we leave out the last vector, and the
+    # first token.
     vectors = model.hidden(tokens)[:, :-1]  # (4N, T - 1, C)
     next_tokens = tokens[:, 1:]  # (4N, T - 1)
     is_ending = mask[:, 1:] == 1  # (4N, T - 1)
@@ -293,26 +276,25 @@ def score(model, examples, T, device):
     losses_by_row = torch.zeros(4 * N, T - 1, device=device)
     losses_by_row[is_ending] = losses
 
-    whole = losses_by_row.sum(dim=1).view(N, 4).cpu()
+    total = losses_by_row.sum(dim=1).view(N, 4).cpu()
     num_tokens = is_ending.sum(dim=1).view(N, 4).cpu()
     num_characters = torch.tensor([example.characters for example in examples])  # (N, 4)
-    return torch.stack((whole, whole / num_tokens, whole / num_characters), dim=1)  # (N, 3, 4)
+    return torch.stack((total, total / num_tokens, total / num_characters), dim=1)  # (N, 3, 4)
 
 
 @torch.no_grad()
 def ending_losses(model, examples, should_stop=None, progress=False):
-    """Return what each ending of N rendered examples costs: (N, 3, 4) float32 on the CPU, in nats.
+    """Return the losses of the endings of N rendered examples: (N, 3, 4) float32 on the CPU.
 
-    The three are the cost of the ending as a whole, of a token of it, and of a character of it.
+    They are in nats, and the three are those of score(): in total, per token, and per character.
     should_stop: a function, asked before each batch. If it returns True the result is None.
     progress: show a bar, if standard error is a terminal.
     Raises ValueError if an example is longer than the model's block_size.
     """
     device = next(model.parameters()).device
     losses = torch.empty(len(examples), 3, 4)
-    # a bar with disable=None appears on a terminal and not in a file
-    disable = None if progress else True
-    with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=disable) as bar:
+    hide = not (progress and sys.stderr.isatty())
+    with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=hide) as bar:
         for numbers, T in make_batches(examples, model, device):
             if should_stop is not None and should_stop():
                 return None
@@ -325,8 +307,8 @@ def ending_losses(model, examples, should_stop=None, progress=False):
 def right_answers(losses, examples):
     """Return how many answers are right in each of the three ways, (3,) int64.
 
-    A long ending costs more as a whole and may still be the right one. So the curves of GPT-2 and
-    GPT-3 show the accuracy by token. EleutherAI's harness calls the one by character acc_norm.
+    The total favours short endings. GPT-2's and GPT-3's curves are drawn with the mean per token.
+    What EleutherAI's harness calls acc_norm is the mean per character.
     """
     labels = torch.tensor([example.label for example in examples], dtype=torch.int64)  # (N,)
     answers = losses.argmin(dim=2)  # (N, 3): the cheapest ending is the likeliest
@@ -334,7 +316,7 @@ def right_answers(losses, examples):
 
 
 def count_right(model, examples, rank=0, world=1, should_stop=None):
-    """Return how many examples the model gets right: [by whole ending, by token, by character].
+    """Return how many examples the model gets right: [in total, per token, per character].
 
     The examples are dealt out to the processes. Each returns the counts of all processes, or None
     if should_stop, which is asked before each batch, returned True in any of them.
@@ -363,7 +345,10 @@ def count_right(model, examples, rank=0, world=1, should_stop=None):
 
 
 def show_example(example, losses):
-    """Return an example as text, with a line for each ending; losses: its loss a token, (4,)."""
+    """Return an example as text, with a line for each ending.
+
+    losses: (4,), the mean loss per token of each ending.
+    """
     lines = ["", example["ctx"]]
     answer = losses.argmin()
     for i, ending in enumerate(example["endings"]):
@@ -375,7 +360,7 @@ def show_example(example, losses):
 
 def show_accuracies(right, n):
     """Return text with a line for each way: what share of n answers is right, +- standard error."""
-    names = ("the whole ending's loss", "its mean loss a token", "its mean loss a character")
+    names = ("total loss", "mean loss per token", "mean loss per character")
     lines = []
     for name, count in zip(names, right):
         p = count / n
@@ -393,7 +378,7 @@ def main(argv=None):
     parser.error = train_gpt2.fail  # argparse's own prints several lines
     add = parser.add_argument
     add("-m", "--model", default="gpt2",
-        help=f"{models}, a folder in Hugging Face's format or of a run, or a checkpoint, PATH.pt")
+        help=f"{models}, a run's folder, a checkpoint (.pt), or a folder in Hugging Face's format")
     add("-d", "--device", help="cuda, mps or cpu; by default the best that is there")
     add("--data", help=f"a file of examples; by default {PATH}, which is downloaded if need be")
     add("--limit", type=int, help="score only so many examples")
@@ -403,7 +388,7 @@ def main(argv=None):
     device = train_gpt2.pick_device(args.device)
     train_gpt2.prepare(device)
 
-    path = PATH if args.data is None else args.data
+    path = args.data or PATH
     with train_gpt2.or_fail(f"--data {path}"):
         if args.data is None:
             download()
@@ -413,7 +398,7 @@ def main(argv=None):
         model = train_gpt2.load_model(args.model).to(device)
         losses = ending_losses(model, rendered, progress=True)  # (N, 3, 4)
 
-    train_gpt2.print0("* is the model's answer, + the right one; the numbers are nats a token")
+    train_gpt2.print0("* is the model's answer, + the right one; the numbers are nats per token")
     for example, by_token in zip(examples[:5], losses[:, 1]):
         train_gpt2.print0(show_example(example, by_token))
     right = right_answers(losses, rendered).tolist()

@@ -224,7 +224,7 @@ class GPT(nn.Module):
 
         idx: token ids, (B, T), int64. targets: the ids that come next, (B, T), int64.
         Returns (logits, loss). logits: (B, T, vocab_size). loss: the mean cross-entropy in nats
-        (natural-log units) a token, or None without targets.
+        (natural-log units) per token, or None without targets.
         """
         x = self.hidden(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, vocab_size)
@@ -616,7 +616,7 @@ def configure_optimizer(model, weight_decay, lr):
 
 @torch.no_grad()
 def evaluate(model, tokens, B, T, rank=0, world=1, should_stop=None):
-    """Return the mean loss of tokens[1:], in nats a token, each token scored once.
+    """Return the mean loss of tokens[1:], in nats per token, each token scored once.
 
     tokens: (n,) uint16. They are cut into rows of T, and batches of B rows. The processes take
     turns with the batches, so the result is the same, up to rounding, for any number of them.
@@ -917,13 +917,13 @@ class RunLog:
             self.file.write(f"{step} {kind} {value:.6f}\n")
 
     def validation(self, step, loss):
-        """Print the validation loss after `step` updates, in nats a token."""
+        """Print the validation loss after `step` updates, in nats per token."""
         bits = loss / math.log(2) / self.bytes_per_token
         print0(f"step {step:5d} | val loss: {loss:.6f} | bits per byte: {bits:.4f}")
         self.write(step, "val", loss)
 
     def hellaswag(self, step, right, n):
-        """Print how many of n answers are right, by the lowest mean loss a token.
+        """Print how many of n answers are right, by the lowest mean loss per token.
 
         right: what hellaswag.count_right() returns.
         """
@@ -1382,7 +1382,7 @@ def expected_memory(model, B, T, dtype):
     config = model.config
     # The weights, their gradients and AdamW's two averages, 4 bytes each
     parameter_bytes = 16 * sum(p.numel() for p in model.parameters())
-    # What a layer keeps for the backward pass, in bytes a token, for each unit of its width
+    # What a layer keeps for the backward pass, in bytes per token, for each unit of its width
     layer_bytes = 65 if dtype == "float32" else 40
     # The logits, their softmax and its gradient, 4 bytes each
     token_bytes = layer_bytes * config.n_layer * config.n_embd + 12 * config.vocab_size

@@ -96,7 +96,7 @@ def test_download(server, waits, tmp_path, behaviours, seconds):
 @pytest.mark.parametrize("behaviours, tries, problem", [
     ([404, "good"], 1, "404"),  # the next answer would be the same
     ([503] * 5, 5, "503"),
-    (["cut"] * 5, 5, f"{len(FILE):,} bytes"),
+    (["cut"] * 5, 5, "more expected"),
     (["portal", "good"], 1, "1 lines"),
 ])
 def test_a_download_that_fails(server, waits, tmp_path, behaviours, tries, problem):
@@ -448,7 +448,7 @@ def test_the_program(model_folder, capsys, their_losses):
     assert f"{model_folder}, 20 examples, accuracy by\n" in out
     assert err == ""  # no bar, since this is no terminal
     found = re.findall(r"^  (.*\S) +(\d\.\d{4}) \+- (\d\.\d{4})$", out, re.M)
-    ways = ["the whole ending's loss", "its mean loss a token", "its mean loss a character"]
+    ways = ["total loss", "mean loss per token", "mean loss per character"]
     assert [name for name, _, _ in found] == ways
     for (_, accuracy, error), right in zip(found, right_by_hugging_face(their_losses, end=20)):
         p = right / 20
