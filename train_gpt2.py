@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         hs = C // self.n_head
         qkv = self.c_attn(x)  # (B, T, 3 * C)
@@ -102,7 +102,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, nh, S, hs), of all S tokens so far
+            k, v = cache.append(k, v)  # (B, nh, S, hs), of all S tokens so far
         # softmax(q @ k^T / sqrt(hs)) @ v, computed in tiles (flash attention): the T x T matrix
         # of scores never reaches memory. is_causal hides later tokens. A single new token may
         # see all S tokens, so nothing is hidden from it.
@@ -141,8 +141,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -193,17 +193,17 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, caches=None):
         """Return the vectors that lm_head turns into logits.
 
         idx: token ids, (B, T), int64.
-        cache: a KVCache; idx then holds only the tokens that aren't in it yet. An empty cache
-        takes any number of tokens, a filled one takes one at a time.
+        caches: a KVCache for each layer; idx then holds only the tokens that aren't in them yet.
+        Empty caches take any number of tokens, filled ones take one at a time.
         Returns (B, T, C). Raises ValueError when the sequence is longer than block_size.
         """
         B, T = idx.shape
         block_size = self.config.block_size
-        past = 0 if cache is None else cache.length
+        past = 0 if caches is None else caches[0].length
         if past + T > block_size:
             raise ValueError(f"{past + T} tokens are longer than block_size, {block_size}")
         if past > 0 and T > 1:  # attention's is_causal is made for sequences that begin together
@@ -213,10 +213,8 @@ class GPT(nn.Module):
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         pos_emb = self.transformer.wpe(pos)  # (T, C), the same for each row
         x = tok_emb + pos_emb  # (B, T, C)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
-        if cache is not None:
-            cache.length += T
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if caches is None else caches[i])
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -265,66 +263,27 @@ class GPT(nn.Module):
         return model
 
 
-def load_from_hugging_face(name):
-    """Return transformers' GPT2LMHeadModel of that name or folder. Raises as from_pretrained."""
-    # These are slow to import and needed only here.
-    import huggingface_hub.utils.logging
-    import transformers
-    from safetensors import SafetensorError
-
-    # Silence their warnings. What matters is checked below.
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        source, report = transformers.GPT2LMHeadModel.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except SafetensorError as error:
-        raise OSError(f"its model.safetensors is damaged ({error})") from error
-
-    expected = dict(
-        model_type="gpt2",
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
-    )
-    for key, value in expected.items():
-        found = getattr(source.config, key)
-        if found != value:
-            raise ValueError(f"its {key} is {found}, and GPT-2's is {value}")
-    # transformers fills what is missing with random numbers.
-    for fault in ("missing_keys", "mismatched_keys"):
-        if report[fault]:
-            example = sorted(report[fault])[0]
-            raise ValueError(f"it has {fault}, such as {example}")
-    return source
-
-
 # -----------------------------------------------------------------------------
 # Text from the model
 
 
 class KVCache:
-    """The keys and values of all tokens that a model has read, one pair for each layer.
+    """The keys and values of all tokens that a layer has read.
 
     With it, each new token costs one token's work: what came before is not computed again.
     """
 
-    def __init__(self, n_layer):
-        self.length = 0  # how many tokens it holds; GPT.hidden counts them
-        self.keys = [None] * n_layer
-        self.values = [None] * n_layer
+    def __init__(self):
+        self.length = 0  # how many tokens it holds
 
-    def append(self, layer, k, v):
-        """Add a layer's k and v, (B, nh, T, hs) each. Return all of them, (B, nh, S, hs) each."""
-        if self.keys[layer] is not None:
-            k = torch.cat((self.keys[layer], k), dim=2)  # (B, nh, S, hs)
-            v = torch.cat((self.values[layer], v), dim=2)  # (B, nh, S, hs)
-        self.keys[layer] = k
-        self.values[layer] = v
+    def append(self, k, v):
+        """Add the k and v of new tokens, (B, nh, T, hs) each. Return all, (B, nh, S, hs) each."""
+        if self.length > 0:
+            k = torch.cat((self.k, k), dim=2)  # (B, nh, S, hs)
+            v = torch.cat((self.v, v), dim=2)  # (B, nh, S, hs)
+        self.k = k
+        self.v = v
+        self.length = k.size(2)
         return k, v
 
 
@@ -353,10 +312,10 @@ def generate(model, tokens, num_samples, max_new_tokens, top_k, temperature, see
     generator = torch.Generator(device).manual_seed(seed)
     block_size = model.config.block_size
     idx = torch.tensor([tokens] * num_samples, device=device)  # (num_samples, T)
-    cache = KVCache(model.config.n_layer)
+    caches = [KVCache() for _ in range(model.config.n_layer)]
     unread = idx[:, -block_size:]
     for _ in range(max_new_tokens):
-        x = model.hidden(unread, cache)[:, -1]  # (num_samples, C)
+        x = model.hidden(unread, caches)[:, -1]  # (num_samples, C)
         logits = model.lm_head(x)  # (num_samples, vocab_size)
         logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
         drawn = draw_token(logits, temperature, top_k, generator)  # (num_samples, 1)
@@ -368,7 +327,7 @@ def generate(model, tokens, num_samples, max_new_tokens, top_k, temperature, see
             # keys and values are wrong now.
             idx = idx[:, -block_size:]
             unread = idx
-            cache = KVCache(model.config.n_layer)
+            caches = [KVCache() for _ in range(model.config.n_layer)]
 
 
 def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42):
@@ -385,40 +344,23 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
 
 
 class Shards:
-    """Arrays of tokens, (n,) uint16 each, that read like one long array.
-
-    It has len() and slices [a:b] with 0 <= a < b.
-
-    A shard on disk is compared with its sha256 when it is first read. Slicing raises ValueError,
-    which names the shard, when the two differ or when it holds an id that GPT-2 doesn't have.
-    """
+    """The tokens of a data set: arrays, (n,) uint16 each. Those on disk are memory-mapped."""
 
     def __init__(self, arrays, checksums=None):
         self.arrays = arrays
         self.checksums = checksums or {}  # {file name: sha256}
         self.sizes = np.array([len(array) for array in arrays])
-        self.ends = self.sizes.cumsum()
-        self.starts = self.ends - self.sizes
         self.checked = set()
 
     def __len__(self):
-        return int(self.ends[-1])
-
-    def __getitem__(self, span):
-        start = span.start or 0
-        stop = min(span.stop, len(self))
-        parts = []
-        i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds start
-        while start < stop:
-            self.check(i)
-            part = self.arrays[i][start - self.starts[i] : stop - self.starts[i]]
-            parts.append(part)
-            start += len(part)
-            i += 1
-        return np.concatenate(parts)
+        return int(self.sizes.sum())
 
     def check(self, i):
-        """Raise ValueError when shard i is damaged. A shard on disk is read whole, once."""
+        """Compare array i with its sha256, if it is a file. It is read whole, once.
+
+        Raises ValueError, which names the file, when the two differ or when it holds an id that
+        GPT-2 doesn't have.
+        """
         array = self.arrays[i]
         if i in self.checked or not isinstance(array, np.memmap):
             return
@@ -431,22 +373,33 @@ class Shards:
             raise ValueError(f"{name} holds the token {array.max()}, and GPT-2's end at 50256")
         self.checked.add(i)
 
-    def row_start(self, number, T, seed, epoch):
-        """Return where row `number` of an epoch begins. A row is T tokens and the one after.
+    def head(self, n):
+        """Return the first n tokens, (n,) uint16, and fewer when there aren't so many."""
+        parts = []
+        for i, array in enumerate(self.arrays):
+            if n > 0:
+                self.check(i)
+                parts.append(array[:n])
+                n -= len(array)
+        return np.concatenate(parts)
 
-        The shards come in an order that seed and epoch decide, and so do the rows of each shard.
-        With seed None both stay as they are. Tokens left over at a shard's end are skipped.
+    def row_place(self, number, T, seed, epoch):
+        """Return (i, start): row `number` of an epoch begins at arrays[i][start].
+
+        A row is T tokens and the one after, all of one shard. seed and epoch decide on the order of
+        the shards, and on that of each shard's rows. With seed None both stay as they are. Tokens
+        left over at a shard's end are skipped.
         """
         rows_per_shard = ((self.sizes - 1) // T).tolist()  # a shard's last token has no successor
-        for shard in permutation(len(rows_per_shard), seed, epoch).tolist():
-            if number < rows_per_shard[shard]:
+        for i in permutation(len(rows_per_shard), seed, epoch).tolist():
+            if number < rows_per_shard[i]:
                 break
-            number -= rows_per_shard[shard]  # the row is in a later shard
-        row_order = permutation(rows_per_shard[shard], seed, epoch, shard)
-        return int(self.starts[shard]) + int(row_order[number]) * T
+            number -= rows_per_shard[i]  # the row is in a later shard
+        row_order = permutation(rows_per_shard[i], seed, epoch, i)
+        return i, int(row_order[number]) * T
 
 
-@functools.lru_cache(maxsize=4)  # row_start asks for the same few again and again
+@functools.lru_cache(maxsize=4)  # row_place asks for the same few again and again
 def permutation(n, seed, *more_seeds):
     """Return the numbers from 0 to n - 1, shuffled by the seeds, unshuffled when seed is None."""
     if seed is None:
@@ -561,8 +514,9 @@ class DataLoaderLite:
     def read_row(self, number):
         """Return row `number` of the run, counted over all epochs: (T + 1,) uint16."""
         epoch, number = divmod(number, self.epoch_tokens // self.T)
-        start = self.tokens.row_start(number, self.T, self.seed, epoch)
-        return self.tokens[start : start + self.T + 1]
+        i, start = self.tokens.row_place(number, self.T, self.seed, epoch)
+        self.tokens.check(i)
+        return self.tokens.arrays[i][start : start + self.T + 1]
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token.
@@ -582,12 +536,47 @@ class DataLoaderLite:
 # The recipe
 
 
+def setting(default, help):
+    """Return a field of TrainConfig, with its default and the text that --help shows."""
+    return field(default=default, metadata=dict(help=help))
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a run, each of them a flag. The defaults are GPT-2 (124M) on FineWeb-Edu."""
+
+    model: str = setting("gpt2", "the shape of a new model, and its preset")
+    init_from: str = setting("scratch", "scratch, or start from gpt2, ..., a .pt file, a folder")
+    data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
+    log_dir: str = setting("log", "the folder for the log and the checkpoints")
+    batch_size: int = setting(64, "B, sequences in a micro-batch; lower it when memory is short")
+    seq_len: int = setting(1024, "T, tokens in a sequence")
+    total_batch_size: int = setting(2**19, "tokens in an update")
+    shuffle: bool = setting(True, "read the data in a new order in each epoch")
+    max_steps: int = setting(19073, "updates of the weights; 19073 are 10B tokens")
+    warmup_steps: int = setting(715, "updates in which the learning rate rises to max_lr")
+    max_lr: float = setting(6e-4, "the learning rate's peak; it falls to a tenth of it")
+    weight_decay: float = setting(0.1, "AdamW's decay of the matrices")
+    grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this one")
+    eval_interval: int = setting(250, "updates between validation losses; 0 turns them off")
+    val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
+    hellaswag_interval: int = setting(250, "updates between HellaSwag scores; 0 turns them off")
+    sample_interval: int = setting(250, "updates between samples; 0 turns them off")
+    checkpoint_interval: int = setting(5000, "updates between checkpoints; 0 turns them off")
+    checkpoint_minutes: float = setting(30.0, "also save every so many minutes; 0 turns this off")
+    keep_checkpoints: int = setting(3, "keep so many of the newest, and each 5000th update's")
+    device: str = setting("cuda", "cuda, mps or cpu")
+    dtype: str = setting("bfloat16", "bfloat16, float16 or float32, for matrix products")
+    compile: bool = setting(True, "use torch.compile")
+    timeout_minutes: float = setting(10.0, "how long processes wait for one that hangs")
+    seed: int = setting(1337, "decides on the first weights, the data's order, and --sample")
+
+
 def get_lr(step, cfg):
     """Return the learning rate of update `step`, 0 .. max_steps - 1 (GPT-3's paper, appendix B).
 
-    cfg: the settings of the run, a TrainConfig; its fields are explained in the section Settings.
-    The rate rises linearly to max_lr at the end of the warm-up. Then it falls along half a cosine
-    to a tenth of max_lr at the last update.
+    cfg: a TrainConfig. The rate rises linearly to max_lr at the end of the warm-up. Then it falls
+    along half a cosine to a tenth of max_lr at the last update.
     """
     min_lr = 0.1 * cfg.max_lr
     warmup_steps = max(cfg.warmup_steps, 1)
@@ -728,7 +717,7 @@ def main(given, resume=False):
     stopping = False
     x, y = fetch_batch(loader, device)
     for step in range(first_step, cfg.max_steps + 1):
-        if stopping:  # the last update was told to be the last
+        if stopping:  # step is the number of updates done; it is saved below
             break
         last_step = step == cfg.max_steps  # all updates are done: only save and evaluate
 
@@ -782,14 +771,13 @@ def main(given, resume=False):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
-        # The mean over all processes. The norm is the same in each of them. `asked` is above 0 if
-        # any of them was asked to stop. A GPU only queues work, and tolist() waits for it.
-        asked = torch.full_like(loss_accum, stop.is_requested())
-        totals = torch.stack([loss_accum, asked, norm])  # (3,)
-        if world > 1:
-            dist.all_reduce(totals)
-        mean_loss, asked, norm = (totals / world).tolist()
-        stopping = asked > 0
+        stopping = torch.full_like(loss_accum, stop.is_requested())
+        if world > 1:  # sum over all processes; the norm is the same in each of them already
+            dist.all_reduce(loss_accum)
+            dist.all_reduce(stopping)
+        mean_loss = loss_accum.item() / world  # item() waits for the GPU, which only queues work
+        norm = norm.item()
+        stopping = stopping.item() > 0  # at least one of the processes was asked to stop
         if math.isfinite(mean_loss) and math.isfinite(norm):
             scaler.step(optimizer)
             skipped = 0
@@ -844,7 +832,7 @@ def prepare_data(cfg, rank, world):
         seed = cfg.seed if cfg.shuffle else None
         loader = DataLoaderLite(train_data, cfg.batch_size, cfg.seq_len, cfg.total_batch_size,
                                 rank, world, seed)
-        val_tokens = val_data[: cfg.val_tokens + 1]  # the first token isn't scored
+        val_tokens = val_data.head(cfg.val_tokens + 1)  # the first token isn't scored
     return loader, val_tokens, fingerprint(train_data, val_data)
 
 
@@ -1129,6 +1117,44 @@ def load_model(name):
     if model.config.vocab_size < 50257:
         raise ValueError(f"its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
     return model
+
+
+def load_from_hugging_face(name):
+    """Return transformers' GPT2LMHeadModel of that name or folder. Raises as from_pretrained."""
+    # These are slow to import and needed only here.
+    import huggingface_hub.utils.logging
+    import transformers
+    from safetensors import SafetensorError
+
+    # Silence their warnings. What matters is checked below.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        source, report = transformers.GPT2LMHeadModel.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise OSError(f"its model.safetensors is damaged ({error})") from error
+
+    expected = dict(
+        model_type="gpt2",
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True,
+    )
+    for key, value in expected.items():
+        found = getattr(source.config, key)
+        if found != value:
+            raise ValueError(f"its {key} is {found}, and GPT-2's is {value}")
+    # transformers fills what is missing with random numbers.
+    for fault in ("missing_keys", "mismatched_keys"):
+        if report[fault]:
+            example = sorted(report[fault])[0]
+            raise ValueError(f"it has {fault}, such as {example}")
+    return source
 
 
 def restore(checkpoint, cfg, data_id, optimizer, scaler):
@@ -1476,42 +1502,6 @@ class StopRequest:
 # Settings
 
 
-def setting(default, help):
-    """Return a field of TrainConfig, with its default and the text that --help shows."""
-    return field(default=default, metadata=dict(help=help))
-
-
-@dataclass
-class TrainConfig:
-    """The settings of a run, each of them a flag. The defaults are GPT-2 (124M) on FineWeb-Edu."""
-
-    model: str = setting("gpt2", "the shape of a new model, and its preset")
-    init_from: str = setting("scratch", "scratch, or start from gpt2, ..., a .pt file, a folder")
-    data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
-    log_dir: str = setting("log", "the folder for the log and the checkpoints")
-    batch_size: int = setting(64, "B, sequences in a micro-batch; lower it when memory is short")
-    seq_len: int = setting(1024, "T, tokens in a sequence")
-    total_batch_size: int = setting(2**19, "tokens in an update")
-    shuffle: bool = setting(True, "read the data in a new order in each epoch")
-    max_steps: int = setting(19073, "updates of the weights; 19073 are 10B tokens")
-    warmup_steps: int = setting(715, "updates in which the learning rate rises to max_lr")
-    max_lr: float = setting(6e-4, "the learning rate's peak; it falls to a tenth of it")
-    weight_decay: float = setting(0.1, "AdamW's decay of the matrices")
-    grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this one")
-    eval_interval: int = setting(250, "updates between validation losses; 0 turns them off")
-    val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
-    hellaswag_interval: int = setting(250, "updates between HellaSwag scores; 0 turns them off")
-    sample_interval: int = setting(250, "updates between samples; 0 turns them off")
-    checkpoint_interval: int = setting(5000, "updates between checkpoints; 0 turns them off")
-    checkpoint_minutes: float = setting(30.0, "also save every so many minutes; 0 turns this off")
-    keep_checkpoints: int = setting(3, "keep so many of the newest, and each 5000th update's")
-    device: str = setting("cuda", "cuda, mps or cpu")
-    dtype: str = setting("bfloat16", "bfloat16, float16 or float32, for matrix products")
-    compile: bool = setting(True, "use torch.compile")
-    timeout_minutes: float = setting(10.0, "how long processes wait for one that hangs")
-    seed: int = setting(1337, "decides on the first weights, the data's order, and --sample")
-
-
 # The machine decides these four, unless they are given. What it decides is in no checkpoint, since
 # the run may go on on another machine.
 FROM_THE_MACHINE = ("batch_size", "device", "dtype", "compile")
@@ -1756,6 +1746,7 @@ def export(given, folder):
     theirs = transformers.GPT2LMHeadModel(config)
     theirs.load_state_dict(weights)
     with or_fail(f"--export {folder}"):
+        os.makedirs(folder, exist_ok=True)
         theirs.save_pretrained(folder)
         files = fineweb.tokenizer_folder()
         shutil.copy(files / "encoder.json", os.path.join(folder, "vocab.json"))

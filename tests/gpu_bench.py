@@ -146,7 +146,7 @@ def update():
 class PlainAttention(CausalSelfAttention):
     """Attention as the lecture first writes it: the whole T x T matrix of scores."""
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)

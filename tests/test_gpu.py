@@ -186,12 +186,12 @@ def test_a_second_run_starts_from_a_checkpoint(train):
 def test_keys_and_values_that_are_kept_change_nothing():
     model = make_model().to(DEVICE)
     idx = torch.randint(50257, (3, 40), device=DEVICE)
-    cache = train_gpt2.KVCache(SHAPE["n_layer"])
+    caches = [train_gpt2.KVCache() for _ in range(SHAPE["n_layer"])]
     with torch.no_grad():
         expected = model.hidden(idx)
-        parts = [model.hidden(idx[:, :10], cache)]
+        parts = [model.hidden(idx[:, :10], caches)]
         for i in range(10, 40):
-            parts.append(model.hidden(idx[:, i : i + 1], cache))
+            parts.append(model.hidden(idx[:, i : i + 1], caches))
     assert relative_error(torch.cat(parts, dim=1), expected) < 1e-4
 
 

@@ -144,7 +144,7 @@ def test_a_sequence_longer_than_block_size_is_refused():
     with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
         GPT(TINY)(idx)
     with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
-        GPT(TINY).hidden(idx, KVCache(2))
+        GPT(TINY).hidden(idx, [KVCache(), KVCache()])
 
 
 @pytest.mark.parametrize("first", [1, 5, 16])
@@ -152,26 +152,26 @@ def test_with_a_cache_the_vectors_are_the_same(first):
     torch.manual_seed(0)
     model = GPT(TINY)
     idx = torch.randint(50257, (3, 16))
-    cache = KVCache(2)
-    assert cache.length == 0
-    parts = [model.hidden(idx[:, :first], cache)]
-    assert cache.length == first
+    caches = [KVCache(), KVCache()]
+    assert caches[1].length == 0
+    parts = [model.hidden(idx[:, :first], caches)]
+    assert caches[1].length == first
     for t in range(first, 16):
-        parts.append(model.hidden(idx[:, t : t + 1], cache))
-        assert cache.length == t + 1
+        parts.append(model.hidden(idx[:, t : t + 1], caches))
+        assert caches[1].length == t + 1
     assert torch.allclose(torch.cat(parts, dim=1), model.hidden(idx), atol=1e-5)
     with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
-        model.hidden(idx[:, :1], cache)
+        model.hidden(idx[:, :1], caches)
 
 
 def test_two_tokens_after_a_filled_cache_are_refused():
     model = GPT(TINY)
     idx = torch.randint(50257, (1, 5))
-    cache = KVCache(2)
-    model.hidden(idx[:, :3], cache)
+    caches = [KVCache(), KVCache()]
+    model.hidden(idx[:, :3], caches)
     with pytest.raises(ValueError, match="after 3 .* not 2"):
-        model.hidden(idx[:, 3:], cache)
-    assert cache.length == 3
+        model.hidden(idx[:, 3:], caches)
+    assert caches[1].length == 3
 
 
 def test_the_first_loss_is_that_of_a_guess():
