@@ -197,8 +197,8 @@ def end_with_parent():
 def cut(documents, shard_size, document=0, place=0):
     """Lay documents end to end, (n,) uint16 each, and cut the row into shards.
 
-    Yields (shard, document, place): the next shard begins in the document with that number, place
-    tokens into it. To go on from there, pass both, and the documents from that one on.
+    Yields (shard, document, place): the next shard begins in the document with that number, after
+    place tokens of it. To go on from there, pass both, and the documents from that one on.
     shard is (shard_size,) uint16, the last one may be shorter. Its array is used again for the next
     shard.
     """
@@ -228,8 +228,8 @@ def shard_name(number):
 def write_shard(folder, number, tokens):
     """Write tokens, (n,) uint16, as a shard, and its checksum into SHA256SUMS.
 
-    `sha256sum -c SHA256SUMS` checks them. Raises OSError if the disk doesn't take them, ValueError
-    if SHA256SUMS is damaged.
+    `sha256sum -c SHA256SUMS` checks the shards. Raises OSError if the disk doesn't take them, and
+    ValueError if SHA256SUMS is damaged.
     """
     name = shard_name(number)
     path = os.path.join(folder, name)
@@ -298,7 +298,7 @@ def atomic_write(path):
 
 # -------------------------------------------------------------------------------------------------
 # Reading documents. A document is (origin, text). origin is its place, for messages, such as
-# "a.jsonl, line 3". text should be a str. What is none will be skipped.
+# "a.jsonl, line 3". text should be a str. Anything else is skipped.
 
 
 def read_text(path):
@@ -378,7 +378,7 @@ def read_files(paths):
 
 
 def find_columns(path):
-    """Return the names of a local file's columns; those of a .jsonl file up to one with `text`."""
+    """Return the names of a local file's columns. A .jsonl file is read until `text` is found."""
     columns = []
     if path.endswith(".parquet"):
         import pyarrow.parquet
@@ -642,7 +642,7 @@ def check_progress(folder, progress, settings):
 
 
 def is_finished(folder):
-    """Return whether all of fineweb.py's shards are in folder, or none of its shards at all."""
+    """Return whether fineweb.py has finished in folder, or never worked there."""
     try:
         progress = read_progress(folder)
     except (OSError, ValueError):  # it can't be read, so it says nothing
@@ -719,7 +719,7 @@ def advice(error):
     from huggingface_hub.constants import HF_HOME
 
     if http_status(error) in (401, 403):
-        return "; your token (HF_TOKEN, or of hf auth login) may be missing or out of date"
+        return "; your token (HF_TOKEN, or hf auth login's) may be missing or out of date"
     is_network = may_pass(error) or http_status(error) is not None
     is_missing = isinstance(error, FileNotFoundError)  # the data set, not the folder
     if isinstance(error, OSError) and not is_network and not is_missing:

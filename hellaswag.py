@@ -137,9 +137,9 @@ def read_examples(path=PATH):
     checksum_path = path + ".sha256"
     if os.path.exists(checksum_path):
         with open(checksum_path, "rb") as f:
-            expected = f.read(64)  # the name of the file stands behind it
+            expected = f.read(64)  # the name of the file follows
         if sha256(path).encode() != expected:
-            raise ValueError(f"{path} is damaged, {checksum_path} shows that; remove both files")
+            raise ValueError(f"{path} is damaged, as {checksum_path} shows; remove both files")
 
     examples = []
     with open(path, "rb") as f:
@@ -307,7 +307,7 @@ def ending_losses(model, examples, should_stop=None, progress=False):
 def right_answers(losses, examples):
     """Return how many answers are right in each of the three ways, (3,) int64.
 
-    The total favours short endings. GPT-2's and GPT-3's curves are drawn with the mean per token.
+    The total favours short endings. GPT-2's and GPT-3's usual figures are by the mean per token.
     What EleutherAI's harness calls acc_norm is the mean per character.
     """
     labels = torch.tensor([example.label for example in examples], dtype=torch.int64)  # (N,)

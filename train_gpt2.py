@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head != 0:
-            raise ValueError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -199,14 +199,15 @@ class GPT(nn.Module):
         idx: token ids, (B, T), int64.
         caches: a KVCache for each layer; idx then holds only the tokens that aren't in them yet.
         Empty caches take any number of tokens, filled ones take one at a time.
-        Returns (B, T, C). Raises ValueError when the sequence is longer than block_size.
+        Returns (B, T, C). Raises ValueError when the sequence is longer than block_size, and when
+        several tokens come after filled caches.
         """
         B, T = idx.shape
         block_size = self.config.block_size
         past = 0 if caches is None else caches[0].length
         if past + T > block_size:
             raise ValueError(f"{past + T} tokens are longer than block_size, {block_size}")
-        if past > 0 and T > 1:  # attention's is_causal is made for sequences that begin together
+        if past > 0 and T > 1:  # is_causal is right only if queries and keys begin together
             raise ValueError(f"after {past} cached tokens one token can follow, not {T}")
 
         pos = torch.arange(past, past + T, device=idx.device)  # (T,)
@@ -358,8 +359,8 @@ class Shards:
     def check(self, i):
         """Compare array i with its sha256, if it is a file. It is read whole, once.
 
-        Raises ValueError, which names the file, when the two differ or when it holds an id that
-        GPT-2 doesn't have.
+        Raises ValueError, which names the file, when the two differ or when the array holds an id
+        that GPT-2 doesn't have.
         """
         array = self.arrays[i]
         if i in self.checked or not isinstance(array, np.memmap):
@@ -374,7 +375,7 @@ class Shards:
         self.checked.add(i)
 
     def head(self, n):
-        """Return the first n tokens, (n,) uint16, and fewer when there aren't so many."""
+        """Return the first n tokens, (n,) uint16, or fewer when there aren't that many."""
         parts = []
         for i, array in enumerate(self.arrays):
             if n > 0:
@@ -386,9 +387,9 @@ class Shards:
     def row_place(self, number, T, seed, epoch):
         """Return (i, start): row `number` of an epoch begins at arrays[i][start].
 
-        A row is T tokens and the one after, all of one shard. seed and epoch decide on the order of
-        the shards, and on that of each shard's rows. With seed None both stay as they are. Tokens
-        left over at a shard's end are skipped.
+        A row is T tokens and the one after, all of one shard. seed and epoch decide the order of
+        the shards and of each shard's rows. With seed None nothing is shuffled. Tokens left over
+        at a shard's end are skipped.
         """
         rows_per_shard = ((self.sizes - 1) // T).tolist()  # a shard's last token has no successor
         for i in permutation(len(rows_per_shard), seed, epoch).tolist():
@@ -418,7 +419,7 @@ def open_shards(folder):
         if match is None:
             continue
         try:
-            array = np.load(os.path.join(folder, name), mmap_mode="r")
+            array = np.lib.format.open_memmap(os.path.join(folder, name), mode="r")
         except OSError:
             raise
         except Exception as error:  # any: a wrong header can break NumPy's reader in any way
@@ -465,7 +466,7 @@ def load_data(path):
 
 
 def fingerprint(*data):
-    """Return a short text that differs for other data. data: Shards."""
+    """Return a short text that identifies the data, one or more Shards."""
     digest = hashlib.sha256()
     for shards in data:
         for array in shards.arrays:
@@ -487,7 +488,7 @@ class DataLoaderLite:
 
     position: the tokens that all processes together have taken since the run began.
     seed: the order of each epoch comes from it. With None the data stay as they are.
-    Raises ValueError when the data are too short for one micro-batch.
+    Raises ValueError when the data are too short for one sequence or one micro-batch.
     """
 
     def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1, seed=None):
@@ -569,7 +570,7 @@ class TrainConfig:
     dtype: str = setting("bfloat16", "bfloat16, float16 or float32, for matrix products")
     compile: bool = setting(True, "use torch.compile")
     timeout_minutes: float = setting(10.0, "how long processes wait for one that hangs")
-    seed: int = setting(1337, "decides on the first weights, the data's order, and --sample")
+    seed: int = setting(1337, "sets the first weights, the data's order, and --sample's draws")
 
 
 def get_lr(step, cfg):
@@ -615,18 +616,18 @@ def evaluate(model, tokens, B, T, rank=0, world=1, should_stop=None):
     starts = range(rank * B * T, len(tokens) - 1, world * B * T)
     losses = []  # (mean loss, number of tokens) of each batch
     stopped = 0
-    hide = None if rank == 0 else True  # None: the bar shows on a terminal, and not in a file
+    hide = None if rank == 0 else True  # None: a bar on a terminal, none in a file
     for start in tqdm(starts, desc="validation", leave=False, disable=hide):
         if should_stop is not None and should_stop():
             stopped = 1
             break
         part = torch.from_numpy(tokens[start : start + B * T + 1].astype(np.int64))
-        count = len(part) - 1  # B * T, and less in the last batch
+        count = len(part) - 1  # B * T, or less in the last batch
         padding = B * T - count
         x = F.pad(part[:-1], (0, padding)).view(B, T)
         y = F.pad(part[1:], (0, padding), value=-100).view(B, T)  # -100: it isn't scored
         loss = model(x.to(device), y.to(device))[1]
-        losses.append((loss, count))  # not loss.item(): a GPU would wait after each batch
+        losses.append((loss, count))  # not loss.item(): it would wait for the GPU
 
     total = sum(count * loss.item() for loss, count in losses)
     if world > 1:
@@ -702,10 +703,10 @@ def main(given, resume=False):
     loader.position = tokens_seen
     check_agreement(world, checkpoint=first_step, data=data_id, batch_size=B)
     lock = open_folder(cfg, model, checkpoint, rank, world)
-    checkpoint = None  # let go of the tensors that nobody uses any more
-    saver = CheckpointSaver(cfg, settings, model, optimizer, scaler, data_id, first_step)
+    saver = CheckpointSaver(cfg, settings, model, optimizer, scaler, data_id, checkpoint)
     cfg.compile = cfg.compile and can_compile(device)
-    print_plan(cfg, model, device, world, loader, grad_accum_steps, first_step)
+    print_plan(cfg, model, device, world, loader, grad_accum_steps, checkpoint)
+    checkpoint = None  # let go of the tensors that nobody uses any more
 
     # Only training is compiled. Elsewhere the inputs have many shapes: each would be compiled.
     train_model = compile_model(model, device) if cfg.compile else model
@@ -775,7 +776,7 @@ def main(given, resume=False):
         if world > 1:  # sum over all processes; the norm is the same in each of them already
             dist.all_reduce(loss_accum)
             dist.all_reduce(stopping)
-        mean_loss = loss_accum.item() / world  # item() waits for the GPU, which only queues work
+        mean_loss = loss_accum.item() / world  # until here work was only queued for the GPU
         norm = norm.item()
         stopping = stopping.item() > 0  # at least one of the processes was asked to stop
         if math.isfinite(mean_loss) and math.isfinite(norm):
@@ -809,7 +810,7 @@ def main(given, resume=False):
 
 
 def is_due(interval, step, last_step):
-    """Return whether it is time: every `interval` updates, and after the last one. 0 is never."""
+    """Return whether it is time: every `interval` updates and after the last; with 0, never."""
     return interval > 0 and (step % interval == 0 or last_step)
 
 
@@ -837,7 +838,7 @@ def prepare_data(cfg, rank, world):
 
 
 def prepare_hellaswag(cfg, model):
-    """Return HellaSwag's examples, or none when the run doesn't want them."""
+    """Return HellaSwag's examples, or [] when the run doesn't want them."""
     if cfg.hellaswag_interval == 0:
         return []
     with or_fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 turns HellaSwag off)"):
@@ -859,13 +860,15 @@ def fetch_batch(loader, device):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def print_plan(cfg, model, device, world, loader, grad_accum_steps, first_step):
+def print_plan(cfg, model, device, world, loader, grad_accum_steps, checkpoint):
     """Say in plain words what is about to happen, on what, and how to stop it."""
     start = "a new model" if cfg.init_from == "scratch" else f"the model {cfg.init_from}"
     source = f"the preset {preset_of(asdict(cfg))}"
-    if first_step > 0:
+    first_step = 0
+    if checkpoint is not None:
         start = "the checkpoint's model"
         source = "the checkpoint"
+        first_step = checkpoint["step"]
     parameters = sum(p.numel() for p in model.parameters())
     updates = cfg.max_steps - first_step
     tokens = updates * cfg.total_batch_size
@@ -882,7 +885,7 @@ def print_plan(cfg, model, device, world, loader, grad_accum_steps, first_step):
            f"tokens x {world} process(es).")
     print0("Ctrl-C saves and stops; the same command with --resume goes on. "
            f"Log and checkpoints: {cfg.log_dir}/")
-    if first_step > 0:
+    if checkpoint is not None:
         print0(f"Going on after {first_step} of {cfg.max_steps} updates.")
 
 
@@ -953,14 +956,15 @@ class CheckpointSaver:
     A disk that fails now and then doesn't end the run: the next round tries again.
     """
 
-    def __init__(self, cfg, settings, model, optimizer, scaler, data_id, first_step):
+    def __init__(self, cfg, settings, model, optimizer, scaler, data_id, checkpoint):
         self.cfg = cfg
         self.settings = settings
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
         self.data_id = data_id
-        self.saved_step = first_step if first_step > 0 else None  # what we resumed from is saved
+        # The number of updates in the newest checkpoint; what we resumed from counts.
+        self.saved_step = None if checkpoint is None else checkpoint["step"]
         self.saved_at = time.monotonic()
         self.failures = 0  # in a row
 
@@ -1034,7 +1038,7 @@ def checkpoint_path(folder, step):
 
 
 def find_checkpoints(folder):
-    """Return how many updates the checkpoints in folder have behind them, the most first."""
+    """Return how many updates each checkpoint in folder has behind it, the newest first."""
     if not os.path.isdir(folder):
         return []
     matches = [re.fullmatch(r"model_(\d{5,})\.pt", name) for name in os.listdir(folder)]
@@ -1073,7 +1077,7 @@ def model_of(checkpoint):
 
 
 def newest_checkpoint(folder):
-    """Return the newest checkpoint in folder that is whole, or None. A warning names the others."""
+    """Return the newest whole checkpoint in folder, or None. Warn of each that is passed over."""
     for number in find_checkpoints(folder):
         try:
             return load_checkpoint(checkpoint_path(folder, number))
@@ -1357,7 +1361,7 @@ def can_compile(device):
         return False
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
-    except Exception as error:  # any: a missing compiler, header or Triton each fail differently
+    except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
         print0(f"torch.compile doesn't work here, so the model runs without it: "
                f"{first_line(error)}")
         return False
@@ -1416,9 +1420,9 @@ def expected_memory(model, B, T, dtype):
 
 
 def fitting_batch_size(cfg, model, device, world):
-    """Return the micro-batch for this machine: cfg's, halved as often as need be.
+    """Return the micro-batch for this machine: cfg's, halved as often as needed.
 
-    It has to divide an update's rows, and to fit into nine tenths of the memory.
+    It has to divide a process's rows of an update, and to fit into nine tenths of the memory.
     """
     rows = cfg.total_batch_size // (cfg.seq_len * world)
     memory = math.inf
@@ -1503,7 +1507,7 @@ class StopRequest:
 
 
 # The machine decides these four, unless they are given. What it decides is in no checkpoint, since
-# the run may go on on another machine.
+# the run may continue on another machine.
 FROM_THE_MACHINE = ("batch_size", "device", "dtype", "compile")
 
 LAPTOP = dict(  # three epochs of input.txt; one is 283 updates
@@ -1591,8 +1595,8 @@ def make_config(settings, device):
     if "dtype" not in settings:
         cfg.dtype = best_dtype(device)
     if "compile" not in settings:
-        # On a CPU in float32 the compiled step is slower than the other.
-        cfg.compile = device.type == "cuda" or has_bfloat16(device)
+        # On a CPU in float32 the compiled step is slower than the plain one.
+        cfg.compile = device.type == "cuda" or cfg.dtype == "bfloat16"
     return cfg
 
 
@@ -1627,7 +1631,7 @@ def check_batch(cfg, model, world):
         multiple = math.ceil(cfg.total_batch_size / row) * row
         fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size x "
              f"--seq_len x processes = {cfg.batch_size} x {cfg.seq_len} x {world} = {tokens}; "
-             f"with --batch_size 1 --total_batch_size {multiple} would be a multiple")
+             f"--batch_size 1 --total_batch_size {multiple} would work")
 
 
 # -----------------------------------------------------------------------------
@@ -1671,7 +1675,7 @@ def parse_flags(argv=None):
     other.add_argument("--temperature", type=float, default=1.0, metavar="X",
                        help="below 1 likelier tokens are preferred; 0 takes the likeliest [1.0]")
     other.add_argument("--top_k", type=int, default=50, metavar="X",
-                       help="each token is one of this many likeliest [50]")
+                       help="draw each token from this many likeliest ones [50]")
     options = parser.parse_args(argv)
     names = {f.name for f in fields(TrainConfig)}
     given = {name: value for name, value in vars(options).items() if name in names}

@@ -153,11 +153,15 @@ def damage(path, way):
         np.save(path, np.zeros((10, 100), dtype=np.uint16))
     elif way == "objects":
         np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
+    elif way == "zip":
+        with open(path, "wb") as f:
+            np.savez(f, tokens=np.arange(1000, dtype=np.uint16))
 
 
 @pytest.mark.parametrize("way, word", [
     ("flipped", "SHA256SUMS"), ("cut", "damaged"), ("header", "damaged"), ("empty", "damaged"),
     ("no tokens", "(0,)"), ("int32", "int32"), ("2-d", "(10, 100)"), ("objects", "damaged"),
+    ("zip", "damaged"),
 ])
 def test_a_damaged_shard_is_named(tmp_path, way, word):
     for number in range(3):

@@ -80,6 +80,8 @@ def test_the_machine_decides_on_dtype_and_compile(monkeypatch, kind, bfloat16, c
     assert cfg.device == kind
     assert cfg.dtype == best_dtype(device)
     assert cfg.compile is compiles
+    cfg = train_gpt2.make_config(dict(model="gpt2", dtype="float32"), device)
+    assert cfg.compile is (kind == "cuda")  # on a CPU, float32 is faster without
     by_hand = dict(model="gpt2", dtype="float32", compile=not compiles)
     cfg = train_gpt2.make_config(by_hand, device)
     assert cfg.dtype == "float32"

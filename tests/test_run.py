@@ -417,7 +417,7 @@ def test_resume_over_shards(train, shuffle):
     settings = dict(data="shards", shuffle=shuffle, max_steps=epoch + 4)
     # A shard has 18 rows, which are 4.5 updates. So these are stops in a shard's middle, just
     # after the update that crosses its end, at its end, and around the epoch's end.
-    resume_each(train, settings, [2, 5, 9, epoch - 1, epoch, epoch + 1])
+    resume_each(train, settings, [0, 2, 5, 9, epoch - 1, epoch, epoch + 1])
 
 
 def test_resume_compiled_and_nothing_compiles_again(train, compiler):
