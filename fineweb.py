@@ -742,4 +742,9 @@ def fail(message):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may not have all characters
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == 2:  # all is written; threads of the libraries that download may hang on
+            os._exit(2)
+        raise

@@ -708,7 +708,7 @@ def main(given, resume=False):
     print_plan(cfg, model, device, world, loader, grad_accum_steps, checkpoint)
     checkpoint = None  # let go of the tensors that nobody uses any more
 
-    # Only training is compiled. Elsewhere the inputs have many shapes: each would be compiled.
+    # Only training is compiled. HellaSwag and samples have many shapes: each would be compiled.
     train_model = compile_model(model, device) if cfg.compile else model
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)

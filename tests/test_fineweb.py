@@ -521,11 +521,11 @@ def test_a_network_that_fails_for_a_while(tmp_path):
      "datasets.arrow_writer.ArrowWriter.write_table = full", "No space left on device"),
 ])
 def test_a_disk_too_small_for_the_download(tmp_path, fault, name):
-    probe = f"import datasets, fineweb\nfrom datasets import builder\n{fault}\n"
-    (tmp_path / "probe.py").write_text(f"{probe}if __name__ == '__main__': fineweb.main()")
-    environment = hub.environment(tmp_path) | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "probe.py"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=100)
+    probe = f"import datasets, runpy\nfrom datasets import builder\n{fault}\n"
+    program = str(ROOT / "fineweb.py")
+    (tmp_path / "probe.py").write_text(f"{probe}runpy.run_path({program!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "probe.py"], cwd=tmp_path, capture_output=True,
+                          env=hub.environment(tmp_path), text=True, timeout=100)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "trying again" not in done.stderr
     assert line.startswith("fineweb.py: ") and name in line and "HF_HOME" in line
