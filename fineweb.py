@@ -745,6 +745,6 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        if end.code == 2:  # all is written; threads of the libraries that download may hang on
+        if end.code == 2:  # now a usual exit may abort: the libraries that download left threads
             os._exit(2)
         raise

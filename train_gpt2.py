@@ -772,13 +772,13 @@ def main(given, resume=False):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
-        stopping = torch.full_like(loss_accum, stop.is_requested())
+        asked = torch.full_like(loss_accum, stop.is_requested())
         if world > 1:  # sum over all processes; the norm is the same in each of them already
             dist.all_reduce(loss_accum)
-            dist.all_reduce(stopping)
+            dist.all_reduce(asked)
         mean_loss = loss_accum.item() / world  # until here work was only queued for the GPU
         norm = norm.item()
-        stopping = stopping.item() > 0  # at least one of the processes was asked to stop
+        stopping = asked.item() > 0  # at least one of the processes was asked to stop
         if math.isfinite(mean_loss) and math.isfinite(norm):
             scaler.step(optimizer)
             skipped = 0
