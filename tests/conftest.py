@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 INPUT = str(ROOT / "input.txt")
 EXAMPLES = str(ROOT / "tests" / "hellaswag.jsonl")  # 200 in HellaSwag's format, of input.txt's lines
 
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the compiler; tests that are about it turn it on
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run side by side, so each gets along with one thread
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # tests in this process: half the time
     libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc keeps large blocks, where each new one would come from the system,
@@ -20,29 +24,54 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  #
 
 
 def pytest_addoption(parser):
-    parser.addoption("--history", action="store_true", help="replay every step of the history, and nothing else")
-
-
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # tiny runs would only wait for the compiler; tests that are about it turn it on
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run side by side, so each gets along with one thread
-    os.environ["OMP_NUM_THREADS"] = "1"
+    parser.addoption("--history", action="store_true", help="replay the history, and nothing else")
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Say how many tests run side by side; a step that is replayed wants the machine for itself."""
-    return 0 if config.getoption("--history") else min(4, os.cpu_count())
+    """Return how many processes share the tests. With 0, pytest runs them itself.
 
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "history: replays a step of the history (minutes; only with --history)")
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and is skipped where there is none")
+    Then they run one after another, and a step that is replayed has the whole machine.
+    """
+    if config.getoption("--history"):
+        return 0
+    return min(4, os.cpu_count())
 
 
 def pytest_collection_modifyitems(config, items):
-    wanted = [item for item in items if ("history" in item.keywords) == config.getoption("--history")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    """Keep the steps of the history with --history, and all other tests without it."""
+    replaying = config.getoption("--history")
+    wanted = []
+    others = []
+    for item in items:
+        is_step = item.get_closest_marker("history") is not None
+        if is_step == replaying:
+            wanted.append(item)
+        else:
+            others.append(item)
+    config.hook.pytest_deselected(items=others)
     items[:] = wanted
+
+
+def git(*args, cwd=ROOT):
+    """Run a git command; return what it printed, as bytes.
+
+    Git's hooks set variables such as GIT_DIR. They name another repository, so they are left out.
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ("git", *args)
+    return subprocess.run(command, cwd=cwd, env=env, check=True, stdout=subprocess.PIPE).stdout
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Return the folder of a new git repository."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    git("init", "-q", cwd=root)
+    git("config", "user.name", "a test", cwd=root)
+    git("config", "user.email", "a.test@example.com", cwd=root)
+    git("config", "commit.gpgsign", "false", cwd=root)
+    return root
 
 
 # A model and a run that are small enough for a test. SHAPE takes the place of the laptop's shape.

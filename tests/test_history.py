@@ -1,182 +1,252 @@
-"""Replay the history: every step's `Run:` must print what its `Expect:` says, from that very commit's tree.
+"""Replay the lecture: each step's `Run:` has to print what its `Expect:` says, in that step's tree.
 
-    python -m pytest --history              # all of them, one after another
-    python -m pytest --history -k "2.3"     # one
+    python -m pytest --history              # all steps, one after another
+    python -m pytest --history -k "2.3"     # one step
+
+Only first parents are followed: an older history that was merged in isn't replayed.
 """
 import io
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, git
 
-ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 300  # seconds a step
-TWICE = ("6.12 fineweb.py goes on",)  # its kills, at random moments, now and then find the fault that an errata mended
-# Commands run in a network of their own (Linux's unshare), where even loopback has to be switched on first, or, on
-# other systems, behind proxies that nobody answers.
+LIMIT = 300  # seconds that a command may take
+
+# On Linux, unshare runs a command without a network. When the command is stopped, all processes
+# that it started are killed.
+ISOLATE = ["unshare", "--map-root-user", "--net", "--pid", "--kill-child", "--mount-proc"]
+
+# There even 127.0.0.1 is down. Programs need it to talk to their own processes. This brings it up:
+# the call SIOCSIFFLAGS (0x8914) gives the device "lo" the flags IFF_UP and IFF_RUNNING (0x41).
 LOOPBACK_UP = (
-    "import fcntl, socket, struct; s = socket.socket(); "
-    "fcntl.ioctl(s, 0x8914, struct.pack('16sH14x', b'lo', 0x41))"  # SIOCSIFFLAGS, IFF_UP | IFF_RUNNING
+    "import fcntl, socket, struct; "
+    "fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sH14x', b'lo', 0x41))"
 )
 
 
-def git(*args, cwd=ROOT):
-    return subprocess.run(("git", *args), cwd=cwd, check=True, capture_output=True).stdout
-
-
 def read_steps(root):
-    """Return ([(sha, subject, [(command, regex), ...]), ...] oldest first, None), or ([], why there are none)."""
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return [], "this tree has no git history"
-    if git("rev-parse", "--is-shallow-repository", cwd=root).strip() == b"true":
-        return [], "this is a shallow clone; git fetch --unshallow brings the history"
+    """Return the lecture's steps, oldest first: [(sha, subject, [(command, regex), ...]), ...].
+
+    A step is a commit whose subject begins with a number, as "2.3 ". Without a git history the list
+    is empty.
+    """
+    if not (root / ".git").exists():
+        return []
+    log = git("log", "--first-parent", "--reverse", "--format=%H%n%B%x00",
+              "--ignore-missing", "HEAD", cwd=root)  # HEAD is missing before the first commit
     steps = []
-    for record in git("log", "--reverse", "--format=%H%n%B%x00", cwd=root).decode().split("\0")[:-1]:
-        sha, subject, *body = record.strip("\n").split("\n")
-        trailers = re.findall(r"^(Run|Expect): (.+)$", "\n".join(body), re.M)
-        if trailers:
-            kinds = [kind for kind, _ in trailers]
-            assert kinds == ["Run", "Expect"] * (len(kinds) // 2), f"{subject}: trailers are {kinds}"
-            texts = [text for _, text in trailers]
-            steps.append((sha, subject, list(zip(texts[::2], texts[1::2]))))
-    return steps, None
+    for commit in log.decode().split("\0")[:-1]:
+        sha, _, message = commit.strip("\n").partition("\n")
+        subject = message.partition("\n")[0]
+        if re.match(r"\d+\.\d+ ", subject):
+            pairs = re.findall(r"^Run: (.+)\nExpect: (.+)$", message, re.M)
+            steps.append((sha, subject, pairs))
+    return steps
+
+
+def can_isolate():
+    """Return whether this system has unshare and allows it."""
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*ISOLATE, "true"], capture_output=True).returncode == 0
 
 
 def offline(command):
-    """Return (argv, extra environment) that run a shell command without a network."""
-    if shutil.which("unshare") and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0:
-        lo_up = f"{shlex.quote(sys.executable)} -c {shlex.quote(LOOPBACK_UP)}"
-        return ["unshare", "-rn", "sh", "-c", f"{lo_up} && {command}"], {}
-    nobody = "http://127.0.0.1:9"
-    return ["sh", "-c", command], {name: nobody for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    """Return the argv that runs a shell command, without internet if can_isolate()."""
+    if not can_isolate():
+        return ["sh", "-c", command]
+    loopback_up = f"{shlex.quote(sys.executable)} -c {shlex.quote(LOOPBACK_UP)}"
+    return [*ISOLATE, "sh", "-c", f"{loopback_up} || exit\n{command}"]
 
 
-def run_until(command, regex, cwd, limit, inductor_cache):
-    """Run command in cwd until its output matches regex. Return (whether it did, the output)."""
-    argv, extra = offline(command)
-    env = dict(os.environ, PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(inductor_cache), **extra)
-    env["CUDA_VISIBLE_DEVICES"] = ""  # the messages say what a CPU prints
+def kill_group(pid):
+    """Kill the process that leads a group, and all others of the group."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # the group has ended; macOS then raises PermissionError
+
+
+def run_until(command, regex, cwd, limit):
+    """Run a shell command in cwd until its output matches regex, or for limit seconds.
+
+    Return (whether it matched, the output).
+    """
+    env = dict(os.environ, PYTHONUNBUFFERED="1", NO_COLOR="1")
+    env["CUDA_VISIBLE_DEVICES"] = ""  # no NVIDIA GPU: the messages say what a CPU prints
     env.pop("TORCHDYNAMO_DISABLE", None)  # which is for the other tests
-    env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]  # python means this one
-    process = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-
-    def kill():  # the whole group: torchrun has children
+    env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]  # the same python
+    output = ""
+    matched = False
+    with subprocess.Popen(offline(command), cwd=cwd, env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          start_new_session=True) as process:
+        timer = threading.Timer(limit, kill_group, [process.pid])
+        timer.start()
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    timer = threading.Timer(limit, kill)
-    timer.start()
-    output, matched = "", False
-    for line in process.stdout:
-        output += line.decode(errors="replace")
-        if matched := bool(re.search(regex, output)):
-            break
-    timer.cancel()
-    kill()
-    process.stdout.close()
-    process.wait()
+            for line in process.stdout:
+                output += line.decode(errors="replace")
+                matched = re.search(regex, output) is not None
+                if matched:
+                    break
+        finally:
+            timer.cancel()
+            kill_group(process.pid)
     return matched, output
 
 
-def replay(root, step, tmp_path, inductor_cache, limit=LIMIT):
-    """Export step's tree into tmp_path and run its commands there; fail the test where one doesn't do as it says."""
+def replay(root, step, folder, limit=LIMIT):
+    """Unpack a step's tree into folder and run its commands there.
+
+    The test fails if one of them doesn't print what it should.
+    """
     sha, subject, pairs = step
-    with tarfile.open(fileobj=io.BytesIO(git("archive", "--format=tar", sha, cwd=root))) as tree:
-        tree.extractall(tmp_path, filter="data")
+    assert pairs, f"{subject}: its message has no Run: with an Expect: in the next line"
+    archive = git("archive", "--format=tar", sha, cwd=root)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
+        tree.extractall(folder, filter="data")
     for command, regex in pairs:
-        for _ in range(2 if subject in TWICE else 1):
-            matched, output = run_until(command, regex, tmp_path, limit, inductor_cache)
-            if matched:
-                break
-        else:
-            pytest.fail(f"{subject}\nRun: {command}\nExpect: {regex}\nprinted no such thing within {limit} s. "
-                        f"The end of what it printed:\n{output[-3000:]}", pytrace=False)
+        matched, output = run_until(command, regex, folder, limit)
+        if not matched:
+            pytest.fail(
+                f"{subject}\nRun: {command}\nExpect: {regex}\nIts output has no such text. (It may "
+                f"take {limit} seconds.) The output ends with:\n{output[-3000:]}",
+                pytrace=False,
+            )
 
 
-STEPS, WHY_NONE = read_steps(ROOT)
-NONE = pytest.param(None, id="none", marks=pytest.mark.skip(reason=WHY_NONE or "no step has a Run: yet"))
-
-
-@pytest.fixture(scope="session")
-def inductor_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("inductor")
+STEPS = read_steps(ROOT)
 
 
 @pytest.mark.history
-@pytest.mark.parametrize("step", [pytest.param(s, id=s[1]) for s in STEPS] or [NONE])
-def test_step(step, tmp_path, inductor_cache):
-    replay(ROOT, step, tmp_path, inductor_cache)
+def test_the_whole_history_is_here():
+    assert (ROOT / ".git").exists(), "this folder has no git history; a clone has it"
+    shallow = git("rev-parse", "--is-shallow-repository").strip() == b"true"
+    assert not shallow, "this is a shallow clone; git fetch --unshallow brings the rest"
 
 
-# The replay itself, on small histories made for it
+@pytest.mark.history
+@pytest.mark.parametrize("step", STEPS, ids=[subject for _, subject, _ in STEPS])
+def test_step(step, tmp_path):
+    replay(ROOT, step, tmp_path)
 
 
-@pytest.fixture
-def make_history(tmp_path):
-    """Return a function that makes a repository whose commits have the messages given; each holds hello.py."""
-    def make(*messages):
-        root = tmp_path / "repository"
-        root.mkdir()
-        git("init", "-q", cwd=root)
-        for n, message in enumerate(messages):
-            (root / "hello.py").write_text(f"import time\nprint('hello', {n}, flush=True)\ntime.sleep(60)\n")
-            git("add", ".", cwd=root)
-            git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", message, cwd=root)
-        return root
-    return make
+# The replay itself, on small histories that are made for it
+
+MESSAGE = "{}\n\nRun: python hello.py\nExpect: {}"
 
 
-def test_replay_runs_each_step_in_its_own_tree(make_history, tmp_path):
-    trailers = "Run: python hello.py\nExpect: hello {}"
-    root = make_history(*(f"1.{n + 1} a step\n\n" + trailers.format(n) for n in range(2)), "a note\n\nno trailers")
-    steps, _ = read_steps(root)
-    assert [subject for _, subject, _ in steps] == ["1.1 a step", "1.2 a step"]
-    for n, step in enumerate(steps):  # hello.py sleeps for a minute after its line: a match has to stop it
-        (tmp_path / str(n)).mkdir()
-        replay(root, step, tmp_path / str(n), tmp_path, limit=20)
+def commit_hello(root, name, message):
+    """Commit hello.py, a program that says hello to name."""
+    (root / "hello.py").write_text(f"print('hello {name}')\n")
+    git("add", ".", cwd=root)
+    git("commit", "-q", "-m", message, cwd=root)
 
 
-def test_replay_names_the_step_that_fails(make_history, tmp_path):
-    root = make_history("1.1 a wrong step\n\nRun: python hello.py\nExpect: goodbye")
-    with pytest.raises(pytest.fail.Exception, match=r"1\.1 a wrong step\nRun: python hello\.py\n[\s\S]*hello 0"):
-        replay(root, read_steps(root)[0][0], tmp_path, tmp_path, limit=2)
+def test_each_step_runs_in_its_own_tree(repository, tmp_path):
+    commit_hello(repository, "Ann", MESSAGE.format("0.1 a step", "hello Ann"))
+    commit_hello(repository, "Bob", MESSAGE.format("1.1 a step", "hello Bob"))
+    commit_hello(repository, "Cid", "edition: a commit that is no step")
+    steps = read_steps(repository)
+    assert [subject for _, subject, _ in steps] == ["0.1 a step", "1.1 a step"]
+    for step in steps:
+        folder = tmp_path / step[1]
+        folder.mkdir()
+        replay(repository, step, folder)
 
 
-def test_replay_tries_a_step_of_chance_twice(make_history, tmp_path, monkeypatch):
-    command = "test -e mark && python hello.py; touch mark"  # the first time nothing, the second time hello
-    root = make_history(f"1.1 a throw of dice\n\nRun: {command}\nExpect: hello")
-    for name in ("once", "twice"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(pytest.fail.Exception):
-        replay(root, read_steps(root)[0][0], tmp_path / "once", tmp_path, limit=20)
-    monkeypatch.setattr("test_history.TWICE", ("1.1 a throw of dice",))
-    replay(root, read_steps(root)[0][0], tmp_path / "twice", tmp_path, limit=20)
+def test_a_step_that_prints_something_else_fails_and_is_named(repository, tmp_path):
+    commit_hello(repository, "Ann", MESSAGE.format("0.1 a wrong step", "goodbye"))
+    [step] = read_steps(repository)
+    with pytest.raises(pytest.fail.Exception) as failure:
+        replay(repository, step, tmp_path)
+    for text in ("0.1 a wrong step", "python hello.py", "goodbye", "hello Ann"):
+        assert text in str(failure.value)
 
 
-def test_replay_has_no_network_but_loopback(tmp_path):
-    script = ("import socket, urllib.request as u\n"
-              "server = socket.create_server(('127.0.0.1', 0))\n"
-              "socket.create_connection(server.getsockname()); print('loopback')\n"
-              "try: u.urlopen('http://pypi.org', timeout=5); print('reached it')\n"
-              "except OSError: print('refused')\n")
-    (tmp_path / "try.py").write_text(script)
-    matched, output = run_until("python try.py", r"loopback\s+refused", tmp_path, 20, tmp_path)
+def test_a_step_without_its_expect_fails_and_is_named(repository, tmp_path):
+    commit_hello(repository, "Ann", "0.1 half a step\n\nRun: python hello.py")
+    [step] = read_steps(repository)
+    with pytest.raises(AssertionError, match=r"0\.1 half a step"):
+        replay(repository, step, tmp_path)
+
+
+def test_an_older_history_that_was_merged_is_not_replayed(repository):
+    commit_hello(repository, "Ann", MESSAGE.format("1.1 an old step", "hello Ann"))
+    git("branch", "old", cwd=repository)
+    git("checkout", "-q", "--orphan", "new", cwd=repository)
+    commit_hello(repository, "Bob", MESSAGE.format("0.1 a new step", "hello Bob"))
+    git("merge", "-q", "-s", "ours", "--allow-unrelated-histories", "-m", "kept", "old",
+        cwd=repository)
+    steps = read_steps(repository)
+    assert [subject for _, subject, _ in steps] == ["0.1 a new step"]
+
+
+def test_where_there_is_no_history_there_are_no_steps(repository, tmp_path):
+    assert read_steps(repository) == []  # nothing was committed yet
+    assert read_steps(tmp_path) == []  # no repository
+
+
+def test_a_hooks_variables_dont_lead_git_elsewhere(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert git("rev-parse", "--git-dir", cwd=repository) == b".git\n"
+
+
+def test_a_command_is_stopped_at_the_match(tmp_path):
+    assert run_until("seq 3", "2", tmp_path, limit=20) == (True, "1\n2\n")
+
+
+def test_a_command_is_stopped_at_its_limit(tmp_path):
+    assert run_until("sleep 600; echo ended", "ended", tmp_path, limit=0.1) == (False, "")
+
+
+needs_unshare = pytest.mark.skipif(not can_isolate(), reason="needs Linux's unshare")
+
+
+@needs_unshare
+def test_a_command_reaches_its_own_loopback_and_nothing_outside(tmp_path):
+    (tmp_path / "reach.py").write_text(
+        "import socket, sys\n"
+        "try:\n"
+        "    socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
+        "except ConnectionRefusedError:\n"
+        "    print('refused')\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(server.getsockname())\n"
+        "print('loopback')\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        command = f"python reach.py {outside.getsockname()[1]}"
+        matched, output = run_until(command, r"refused\s+loopback", tmp_path, limit=20)
     assert matched, output
 
 
-def test_no_history_is_said(make_history, tmp_path):
-    root = make_history("1.1 a step\n\nRun: python hello.py\nExpect: hello", "1.2 another\n\nRun: true\nExpect: x")
-    git("clone", "-q", "--depth", "1", f"file://{root}", str(tmp_path / "shallow"))
-    assert read_steps(tmp_path / "shallow") == ([], "this is a shallow clone; git fetch --unshallow brings the history")
-    assert read_steps(tmp_path) == ([], "this tree has no git history")
+@needs_unshare
+def test_a_command_finds_its_own_processes_in_proc(tmp_path):
+    (tmp_path / "find.py").write_text("import os; print(os.readlink('/proc/self'), os.getpid())\n")
+    matched, output = run_until("python find.py", r"(\d+) \1\n", tmp_path, limit=20)
+    assert matched, output
+
+
+@needs_unshare
+def test_nothing_outlives_a_command(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    child = "exec setsid sh -c 'echo started; sleep 600'"  # leaves the group, holds the pipe open
+    matched, output = run_until(f"exec 3> pipe; {child}", "started", tmp_path, limit=20)
+    assert matched, output
+    closed, _, _ = select.select([reader], [], [], 20)  # the pipe closes when the child is dead
+    assert closed == [reader]
+    os.close(reader)
