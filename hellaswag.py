@@ -5,7 +5,7 @@
     python hellaswag.py -m log/model_19073.pt   # or a checkpoint that you name
 
 Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?". The validation set has
-10,042 examples. Each is a line of JSON. This is one of them, folded:
+10,042 examples. Each is a line of JSON. This is one of them, folded, with the fields that we use:
 
     {"ind": 143, "activity_label": "Playing guitarra", "split": "val",
      "ctx": "A young man sits on a bed. the man",
@@ -19,7 +19,8 @@ ctx is the context, and label the number of the right ending, counted from 0. Th
 written by a program.
 
 A language model can't be asked to choose, but it gives a probability to every text. So it reads the
-context four times, each time with another ending. Its answer is the ending that it finds likeliest.
+context four times, each time with another ending. Its answer is the ending whose tokens it finds
+likeliest on average.
 The four texts are the rows of a tensor. Here are rows 0 and 1, with their words above them:
 
             A young man  sits  on   a  bed  . the man then wipes his  face       .
@@ -37,16 +38,12 @@ The four texts are the rows of a tensor. Here are rows 0 and 1, with their words
 - What a GPT computes at one position predicts the token at the next. The ending of row 0 stands at
   positions 10 to 14, so the positions 9 to 13 predict it.
 """
-import argparse
 import hashlib
 import http.client
 import json
 import math
 import os
 import socket
-import sys
-import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
@@ -55,68 +52,39 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import gpt2_encoding, sha256
+from fineweb import Parser, UserError, atomic_write, blame, gpt2_encoding, one_line, run_program
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = "hellaswag_val.jsonl"
-EXAMPLES = 10_042  # the number of lines in that file
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of that file
 
 # -------------------------------------------------------------------------------------------------
 # The file
 
 
-def save(path, data):
-    """Write data to the file at path, whole or not at all, while others may do the same."""
-    # Machines that share a folder may have equal process ids, so the machine's name is needed too.
-    private = f"{path}.{socket.gethostname()}.{os.getpid()}"
-    try:
-        with open(private, "wb") as f:
-            f.write(data)
-        os.replace(private, path)
-    finally:
-        if os.path.exists(private):  # there was an error
-            os.remove(private)
+def download(path=PATH, url=URL, sha256=SHA256):
+    """Get the validation set and save it as path, unless that file exists.
 
-
-def download(path=PATH, url=URL):
-    """Get the validation set and save it as path, unless that file exists. Its sha256 is saved too.
-
-    Raises OSError if that fails. The message says how to do it by hand.
+    Raises UserError if that fails. The message says how to do it by hand.
     """
     if os.path.exists(path):
         return
-
-    by_hand = f"download it by hand and save it as {path}"
-    waits = [1, 2, 4, 8]  # seconds before each further try
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                data = answer.read()
-            break
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP status {error.code}"
-            worth_retrying = error.code == 429 or error.code >= 500  # too busy, or out of order
-        except (OSError, http.client.HTTPException) as error:
-            problem = str(error) or repr(error)
-            worth_retrying = True
-        if not waits or not worth_retrying:
-            raise OSError(f"{url}: {problem}; {by_hand}")
-        wait = waits.pop(0)
-        print(f"{url}: {problem}; next try in {wait} s", file=sys.stderr)
-        time.sleep(wait)
-
-    # the login page of a network also comes with status 200
-    lines = len(data.splitlines())
-    if lines != EXAMPLES:
-        raise OSError(f"{url} sent {lines:,} lines, and HellaSwag has {EXAMPLES:,}; {by_hand}")
-
-    checksum = hashlib.sha256(data).hexdigest()
-    save(path + ".sha256", f"{checksum}  {os.path.basename(path)}\n".encode())
-    save(path, data)
+    by_hand = f"save it as {path} by hand (a run can do without: --hellaswag_interval 0)"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            data = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: {one_line(error)}; {by_hand}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{url} sent something else than HellaSwag's validation set; {by_hand}")
+    # Machines that share the folder may download at the same time.
+    unfinished = f"{path}.{socket.gethostname()}.{os.getpid()}"
+    with blame(path), atomic_write(path, unfinished) as f:
+        f.write(data)
 
 
 def is_example(example):
-    """Tell whether example, read from JSON, has what an example of HellaSwag has."""
+    """Return whether example, read from JSON, has a context, four endings and a label."""
     if not isinstance(example, dict):
         return False
     endings = example.get("endings")
@@ -128,48 +96,25 @@ def is_example(example):
     return example.get("label") in (0, 1, 2, 3)
 
 
-def read_examples(path=PATH):
+def read_examples(path):
     """Return the examples in the file at path, a list of dicts.
 
-    Raises OSError if the file can't be read. Raises ValueError if it isn't the file that was
-    downloaded, if it is empty, or if a line isn't an example; the message has the line's number.
+    Raises UserError if it can't be read, if it is empty, or if a line isn't an example.
     """
-    checksum_path = path + ".sha256"
-    if os.path.exists(checksum_path):
-        with open(checksum_path, "rb") as f:
-            expected = f.read(64)  # the name of the file follows
-        if sha256(path).encode() != expected:
-            raise ValueError(f"{path} is damaged, as {checksum_path} shows; remove both files")
-
     examples = []
-    with open(path, "rb") as f:
+    with blame(path), open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             try:
                 example = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 example = None
             if not is_example(example):
-                raise ValueError(
-                    f"{path}, line {number}: an example of HellaSwag has ctx, four endings, and a "
-                    "label from 0 to 3"
-                )
+                raise UserError(f"{path}, line {number}: an example of HellaSwag has ctx, four "
+                                "endings, and a label from 0 to 3")
             examples.append(example)
     if not examples:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     return examples
-
-
-def load_examples(encoding):
-    """Return the whole validation set, a list of Rendered. Download it if it isn't there.
-
-    Of several processes, the first one on each machine downloads it, and the others wait.
-    Raises OSError if it can't be had, and ValueError if the file is damaged.
-    """
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        download()
-    if dist.is_initialized():
-        dist.barrier()
-    return render_all(read_examples(), encoding)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -178,165 +123,145 @@ def load_examples(encoding):
 
 @dataclass
 class Rendered:
-    """An example in the form in which a model reads it."""
+    """An example in the form in which a model reads it: row i is the context and ending i."""
 
-    tokens: torch.Tensor  # (4, T) int64, a row for each ending
+    tokens: torch.Tensor  # (4, T) int64
     mask: torch.Tensor  # (4, T) int64, 1 at the tokens of the ending
     label: int  # the number of the right ending
-    characters: list  # the lengths of the four endings
 
 
-def render(example, encoding):
-    """Return (tokens, mask) of an example, both (4, T) int64, as the top of this file shows them.
-
-    Row i is the context, followed by ending i. mask is 1 at the tokens of the ending.
-    """
+def render(example):
+    """Return an example, a dict, as a Rendered. The top of this file shows its rows."""
+    encoding = gpt2_encoding()
     context = encoding.encode_ordinary(example["ctx"])
-    endings = []
-    for ending in example["endings"]:
-        endings.append(encoding.encode_ordinary(" " + ending))
-
+    endings = [encoding.encode_ordinary(" " + ending) for ending in example["endings"]]
     T = len(context) + max(len(ending) for ending in endings)
     tokens = torch.zeros(4, T, dtype=torch.int64)
     mask = torch.zeros(4, T, dtype=torch.int64)
+    start = len(context)
     for i, ending in enumerate(endings):
-        start = len(context)
         end = start + len(ending)
         tokens[i, :end] = torch.tensor(context + ending)
         mask[i, start:end] = 1
-    return tokens, mask
+    return Rendered(tokens, mask, example["label"])
 
 
-def render_all(examples, encoding):
-    """Return a Rendered for each of the examples, a list."""
-    rendered = []
-    for example in examples:
-        tokens, mask = render(example, encoding)
-        characters = [len(ending) for ending in example["endings"]]
-        rendered.append(Rendered(tokens, mask, example["label"], characters))
+def render_all(examples, block_size):
+    """Return a Rendered for each of the examples, a list.
+
+    Raises UserError when one of them is longer than block_size, what the model can read.
+    """
+    rendered = [render(example) for example in examples]
+    longest = max(example.tokens.shape[1] for example in rendered)
+    if longest > block_size:
+        raise UserError(f"HellaSwag's longest example has {longest} tokens, and the model reads "
+                        f"{block_size} (a run can do without: --hellaswag_interval 0)")
     return rendered
+
+
+def load_examples(block_size):
+    """Return the whole validation set, as render_all does. Download it if it isn't there.
+
+    Of several processes, the first one on each machine downloads it, and the others wait.
+    Raises UserError if it can't be had.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        download()
+    if dist.is_initialized():
+        dist.barrier()
+    return render_all(read_examples(PATH), block_size)
 
 
 # -------------------------------------------------------------------------------------------------
 # From tokens to answers
 
 
-def make_batches(examples, model, device):
-    """Return batches of examples, a list of (numbers, T).
+def score(model, tokens, mask):
+    """Return the loss of each row's ending, in nats: (N,). A lower loss is a likelier ending.
 
-    numbers says which examples are in the batch. Their rows are padded to the length T. Examples of
-    about the same length share a batch, so there is little padding. The longest come first: if the
-    memory is too small for them, that shows at once.
+    It is minus the logarithm of the ending's probability, the sum of its tokens' losses.
+    tokens, mask: (N, T) int64 each.
+    """
+    # The vector at position t predicts the token at t + 1. So we leave out the last vector, and the
+    # first token.
+    x = model.hidden(tokens)[:, :-1]  # (N, T - 1, C)
+    targets = tokens[:, 1:]  # (N, T - 1)
+    is_ending = mask[:, 1:] == 1  # (N, T - 1)
+    # lm_head is a large part of the work, so it gets only the n vectors that predict an ending.
+    logits = model.lm_head(x[is_ending])  # (n, vocab_size)
+    token_losses = F.cross_entropy(logits, targets[is_ending], reduction="none")  # (n,)
+    losses = torch.zeros(targets.shape, device=tokens.device)  # (N, T - 1)
+    losses[is_ending] = token_losses
+    return losses.sum(dim=1)  # (N,)
+
+
+def make_batches(examples, tokens_at_once):
+    """Return which examples share a batch: lists of indices. The longest examples come first.
+
+    Those in a batch have about the same length, so there is little padding.
     """
     lengths = [example.tokens.shape[1] for example in examples]
-    order = sorted(range(len(examples)), key=lambda number: lengths[number], reverse=True)
-    tokens_at_once = 2**11 if device.type == "cpu" else 2**14  # a GPU needs more to be busy
-
+    indices = sorted(range(len(examples)), key=lambda i: lengths[i], reverse=True)
     batches = []
-    start = 0
-    while start < len(order):
-        T = lengths[order[start]]  # the longest of those that are left
-        if device.type != "cpu":
-            # A new shape costs a GPU extra time. With multiples of 64 there are only a few.
-            rounded = math.ceil(T / 64) * 64
-            if rounded <= model.config.block_size:
-                T = rounded
-        size = max(1, tokens_at_once // (4 * T))  # an example has four rows
-        batches.append((order[start : start + size], T))
-        start += size
+    while indices:
+        longest = lengths[indices[0]]
+        size = max(1, tokens_at_once // (4 * longest))  # an example has four rows
+        batches.append(indices[:size])
+        indices = indices[size:]
     return batches
 
 
-def score(model, examples, T, device):
-    """Return the losses of the endings of N examples, in nats, in three ways: (N, 3, 4) float32.
-
-    The loss of an ending is minus the logarithm of its probability. It is the sum of its tokens'
-    losses. The three ways are this sum, its mean per token, and its mean per character.
-    """
-    N = len(examples)
-    tokens = torch.zeros(N, 4, T, dtype=torch.int64)
-    mask = torch.zeros(N, 4, T, dtype=torch.int64)
+def stack(examples):
+    """Return (tokens, mask) of n examples, their rows below each other: (4n, T) int64 each."""
+    T = max(example.tokens.shape[1] for example in examples)
+    tokens = torch.zeros(len(examples), 4, T, dtype=torch.int64)
+    mask = torch.zeros(len(examples), 4, T, dtype=torch.int64)
     for i, example in enumerate(examples):
         length = example.tokens.shape[1]
         tokens[i, :, :length] = example.tokens
         mask[i, :, :length] = example.mask
-    tokens = tokens.view(4 * N, T).to(device)  # (4N, T)
-    mask = mask.view(4 * N, T).to(device)  # (4N, T)
-
-    # The vector at position t predicts the token at t + 1. So we leave out the last vector, and the
-    # first token.
-    vectors = model.hidden(tokens)[:, :-1]  # (4N, T - 1, C)
-    next_tokens = tokens[:, 1:]  # (4N, T - 1)
-    is_ending = mask[:, 1:] == 1  # (4N, T - 1)
-
-    # lm_head is a large part of the work, so it gets only the n vectors that predict an ending
-    logits = model.lm_head(vectors[is_ending])  # (n, vocab_size)
-    logits = logits.float()  # whatever the model runs in: bfloat16 has only three digits
-    losses = F.cross_entropy(logits, next_tokens[is_ending], reduction="none")  # (n,)
-    losses_by_row = torch.zeros(4 * N, T - 1, device=device)
-    losses_by_row[is_ending] = losses
-
-    total = losses_by_row.sum(dim=1).view(N, 4).cpu()
-    num_tokens = is_ending.sum(dim=1).view(N, 4).cpu()
-    num_characters = torch.tensor([example.characters for example in examples])  # (N, 4)
-    return torch.stack((total, total / num_tokens, total / num_characters), dim=1)  # (N, 3, 4)
+    return tokens.view(-1, T), mask.view(-1, T)
 
 
 @torch.no_grad()
-def ending_losses(model, examples, should_stop=None, progress=False):
-    """Return the losses of the endings of N rendered examples: (N, 3, 4) float32 on the CPU.
+def ending_losses(model, examples, show_bar=False):
+    """Return the mean loss per token of the four endings of each example, in nats: (N, 4).
 
-    They are in nats, and the three are those of score(): in total, per token, and per character.
-    should_stop: a function, asked before each batch. If it returns True the result is None.
-    progress: show a bar, if standard error is a terminal.
-    Raises ValueError if an example is longer than the model's block_size.
+    examples: N of them, Rendered. show_bar: show a bar, if standard error is a terminal.
     """
     device = next(model.parameters()).device
-    losses = torch.empty(len(examples), 3, 4)
-    hide = not (progress and sys.stderr.isatty())
+    tokens_at_once = 2**11 if device.type == "cpu" else 2**14  # a GPU needs more to be busy
+    losses = torch.empty(len(examples), 4)
+    hide = None if show_bar else True  # None: a bar on a terminal, none in a file
     with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=hide) as bar:
-        for numbers, T in make_batches(examples, model, device):
-            if should_stop is not None and should_stop():
-                return None
-            batch = [examples[number] for number in numbers]
-            losses[numbers] = score(model, batch, T, device)
-            bar.update(len(batch))
+        for indices in make_batches(examples, tokens_at_once):
+            tokens, mask = stack([examples[i] for i in indices])
+            row_losses = score(model, tokens.to(device), mask.to(device)).cpu()  # (4n,)
+            row_losses = row_losses / mask.sum(dim=1)
+            losses[indices] = row_losses.view(-1, 4)
+            bar.update(len(indices))
     return losses
 
 
-def right_answers(losses, examples):
-    """Return how many answers are right in each of the three ways, (3,) int64.
+def count_lowest(losses, examples):
+    """Return for how many examples the right ending has the lowest of the losses, (N, 4)."""
+    labels = torch.tensor([example.label for example in examples])  # (N,)
+    answers = losses.argmin(dim=1)  # (N,)
+    return int((answers == labels).sum())
 
-    The total favours short endings. GPT-2's and GPT-3's usual figures are by the mean per token.
-    What EleutherAI's harness calls acc_norm is the mean per character.
+
+def count_right(model, examples, rank=0, world=1):
+    """Return how many of the examples model gets right, by the mean loss per token.
+
+    The examples are dealt out to the processes. Each returns the count over all examples.
     """
-    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)  # (N,)
-    answers = losses.argmin(dim=2)  # (N, 3): the cheapest ending is the likeliest
-    return (answers == labels[:, None]).sum(dim=0)  # (3,)
-
-
-def count_right(model, examples, rank=0, world=1, should_stop=None):
-    """Return how many examples the model gets right: [in total, per token, per character].
-
-    The examples are dealt out to the processes. Each returns the counts of all processes, or None
-    if should_stop, which is asked before each batch, returned True in any of them.
-    """
-    my_examples = examples[rank::world]
-    losses = ending_losses(model, my_examples, should_stop, progress=rank == 0)
-
-    # right in each of the three ways, and how many processes broke off
-    counts = torch.zeros(4, dtype=torch.int64)
-    if losses is None:
-        counts[3] = 1
-    else:
-        counts[:3] = right_answers(losses, my_examples)
-    counts = counts.to(next(model.parameters()).device)
+    mine = examples[rank::world]
+    losses = ending_losses(model, mine, show_bar=rank == 0)
+    right = count_lowest(losses, mine)
     if world > 1:
-        dist.all_reduce(counts)
-
-    *right, broke_off = counts.tolist()
-    if broke_off > 0:
-        return None
+        total = torch.tensor(right, device=next(model.parameters()).device)
+        dist.all_reduce(total)
+        right = int(total)
     return right
 
 
@@ -344,8 +269,8 @@ def count_right(model, examples, rank=0, world=1, should_stop=None):
 # The program
 
 
-def show_example(example, losses):
-    """Return an example as text, with a line for each ending.
+def format_example(example, losses):
+    """Return an example, a dict, as text, with a line for each ending.
 
     losses: (4,), the mean loss per token of each ending.
     """
@@ -358,58 +283,61 @@ def show_example(example, losses):
     return "\n".join(lines)
 
 
-def show_accuracies(right, n):
-    """Return text with a line for each way: what share of n answers is right, +- standard error."""
-    names = ("total loss", "mean loss per token", "mean loss per character")
-    lines = []
-    for name, count in zip(names, right):
-        p = count / n
-        standard_error = math.sqrt(p * (1 - p) / max(1, n - 1))
-        lines.append(f"  {name:25s} {p:.4f} +- {standard_error:.4f}")
-    return "\n".join(lines)
+def format_accuracy(name, right, n):
+    """Return a line of text: the share of n answers that is right, +- its standard error."""
+    p = right / n
+    standard_error = math.sqrt(p * (1 - p) / max(1, n - 1))
+    return f"  {name:25s} {p:.4f} +- {standard_error:.4f}"
 
 
 def main(argv=None):
-    """Score a model and print its accuracies. Bad input ends the program with status 2."""
+    """Score a model and print its accuracies. Raises UserError when that can't be done."""
     import train_gpt2  # here and not at the top, since train_gpt2 imports this file
 
     models = ", ".join(train_gpt2.OPENAI_SIZES)
-    parser = argparse.ArgumentParser(description="Score a GPT-2 on HellaSwag's validation set.")
-    parser.error = train_gpt2.fail  # argparse's own prints several lines
-    add = parser.add_argument
-    add("-m", "--model", default="gpt2",
-        help=f"{models}, a run's folder, a checkpoint (.pt), or a folder in Hugging Face's format")
-    add("-d", "--device", help="cuda, mps or cpu; by default the best that is there")
-    add("--data", help=f"a file of examples; by default {PATH}, which is downloaded if need be")
-    add("--limit", type=int, help="score only so many examples")
+    expanded = os.path.expanduser  # a shell leaves the ~ of --data=~/x as it is
+    parser = Parser(description="Score a GPT-2 on HellaSwag's validation set.")
+    parser.add_argument("-m", "--model", type=expanded, default="gpt2",
+                        help=f"{models}, a run's folder, a checkpoint (.pt), or a folder in "
+                        "Hugging Face's format")
+    parser.add_argument("-d", "--device", choices=("cuda", "mps", "cpu"),
+                        help="by default the best that is there")
+    parser.add_argument("--data", type=expanded,
+                        help=f"a file of examples; by default {PATH}, which is downloaded if need "
+                        "be")
+    parser.add_argument("--limit", type=int, help="score only so many examples")
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit} is not a number above 0")
+        raise UserError(f"--limit {args.limit} is not a number above 0")
     device = train_gpt2.pick_device(args.device)
     train_gpt2.prepare(device)
 
-    path = args.data or PATH
-    with train_gpt2.or_fail(f"--data {path}"):
-        if args.data is None:
-            download()
-        examples = read_examples(path)[: args.limit]
-    rendered = render_all(examples, gpt2_encoding())
-    with train_gpt2.or_fail(f"--model {args.model}"):
-        model = train_gpt2.load_model(args.model).to(device)
-        losses = ending_losses(model, rendered, progress=True)  # (N, 3, 4)
+    if args.data is None:
+        download()
+    examples = read_examples(args.data or PATH)[: args.limit]
+    with train_gpt2.enough_memory("choose a smaller --model, or --device cpu"):
+        model = train_gpt2.load_model(args.model, "--model").to(device)
+        rendered = render_all(examples, model.config.block_size)
+        by_token = ending_losses(model, rendered, show_bar=True)  # (N, 4)
 
-    train_gpt2.print0("* is the model's answer, + the right one; the numbers are nats per token")
-    for example, by_token in zip(examples[:5], losses[:, 1]):
-        train_gpt2.print0(show_example(example, by_token))
-    right = right_answers(losses, rendered).tolist()
-    train_gpt2.print0(f"\n{args.model}, {len(examples):,} examples, accuracy by")
-    train_gpt2.print0(show_accuracies(right, len(examples)))
+    print("* is the model's answer, + the right one; the numbers are nats per token")
+    for i, example in enumerate(examples[:5]):
+        print(format_example(example, by_token[i]))
+    # The total favours short endings, so runs are compared by the mean per token. EleutherAI's
+    # harness divides by characters (acc_norm), and changes the texts before it does.
+    num_tokens = torch.stack([example.mask.sum(dim=1) for example in rendered])  # (N, 4)
+    num_characters = torch.tensor(
+        [[len(ending) for ending in example["endings"]] for example in examples])  # (N, 4)
+    total = by_token * num_tokens  # (N, 4)
+    ways = {
+        "total loss": total,
+        "mean loss per token": by_token,
+        "mean loss per character": total / num_characters,
+    }
+    print(f"\n{args.model}, {len(examples):,} examples, accuracy by")
+    for name, losses in ways.items():
+        print(format_accuracy(name, count_lowest(losses, rendered), len(examples)))
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a letter that can't be shown is no reason to end
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -1,6 +1,6 @@
 """Train GPT-2 (124M) from scratch: the model, its data, the recipe and the training loop.
 
-    python train_gpt2.py                                     # one GPU, or else the CPU
+    python train_gpt2.py                                     # one GPU, or else none
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
     python train_gpt2.py --resume                            # go on from the newest checkpoint
     python train_gpt2.py --sample "Once upon a time"         # let the newest checkpoint write
@@ -8,15 +8,15 @@
     python train_gpt2.py --help                              # all settings
 
 Read it from top to bottom: the model, text from the model, the data, the recipe, and the run
-itself, main(). A first reader can stop there. Below stands what main() calls: the log, checkpoints,
-the machine, the settings, and the command line.
+itself: launch() and main(). A first reader can stop there. What follows is what they call.
 """
 import argparse
-import codecs
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -34,16 +34,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import fineweb
 import hellaswag
-from fineweb import gpt2_encoding
+from fineweb import UserError, blame, gpt2_encoding, one_line
 
 # -----------------------------------------------------------------------------
-# The model
+# The model. Shapes: B sequences of T tokens, C = n_embd numbers for each token, nh = n_head heads
+# of hs = C // nh numbers.
 
 
 @dataclass
@@ -51,37 +51,19 @@ class GPTConfig:
     """The shape of a GPT. The defaults are those of GPT-2 (124M)."""
 
     block_size: int = 1024  # the longest sequence it can read, in tokens
-    vocab_size: int = 50257  # 256 bytes, 50,000 merged pairs, and <|endoftext|>
-    n_layer: int = 12
-    n_head: int = 12
+    vocab_size: int = 50257  # tokens: 256 bytes, 50,000 merged pairs (BPE), and <|endoftext|>
+    n_layer: int = 12  # how many blocks
+    n_head: int = 12  # attention heads in each of them
     n_embd: int = 768  # the width: each token is a vector of this many numbers
 
 
-# The four models that OpenAI released.
-OPENAI_SIZES = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-}
-# All the shapes that --model knows. GPT-3's are those of its paper's table 2.1.
-MODEL_SIZES = {
-    "laptop": dict(n_layer=4, n_head=6, n_embd=96),  # small enough for two CPU cores
-    **OPENAI_SIZES,
-    "gpt3-small": dict(block_size=2048, n_layer=12, n_head=12, n_embd=768),
-    "gpt3-medium": dict(block_size=2048, n_layer=24, n_head=16, n_embd=1024),
-    "gpt3-large": dict(block_size=2048, n_layer=24, n_head=16, n_embd=1536),
-    # The table gives 24 heads of 128, which is wider than 2048. We take 16 heads of 128.
-    "gpt3-xl": dict(block_size=2048, n_layer=24, n_head=16, n_embd=2048),
-}
-
-
 class CausalSelfAttention(nn.Module):
-    """Let each token read from itself and from the tokens before it.
+    """Let each token read from itself and from the tokens before it. (B, T, C) -> (B, T, C).
 
-    Multi-head attention of "Attention Is All You Need" (2017), section 3.2, with the future masked.
-    (B, T, C) -> (B, T, C); inside there are nh heads of size hs, and nh * hs = C.
-    Raises ValueError when n_embd is not a multiple of n_head.
+    Each token asks with a query. The keys of that token and of those before it answer: a softmax
+    of query times key says how much of each one's value is taken. Multi-head attention of
+    "Attention Is All You Need" (2017), section 3.2. Raises ValueError when n_embd is not a multiple
+    of n_head.
     """
 
     def __init__(self, config):
@@ -92,21 +74,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None):
+    def forward(self, x):
         B, T, C = x.shape
         hs = C // self.n_head
         qkv = self.c_attn(x)  # (B, T, 3 * C)
         q, k, v = qkv.split(C, dim=2)  # (B, T, C) each
-        # A head is a slice of the width. It becomes one more batch dimension.
+        # Cut the width into heads and move them beside B: each head works alone.
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, nh, S, hs), of all S tokens so far
-        # softmax(q @ k^T / sqrt(hs)) @ v, computed in tiles (flash attention): the T x T matrix
-        # of scores never reaches memory. is_causal hides later tokens. A single new token may
-        # see all S tokens, so nothing is hidden from it.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
+        # softmax(q @ k^T / sqrt(hs)) @ v, where is_causal hides later tokens. GPUs and CPUs compute
+        # it in tiles (flash attention), so that the T x T scores never stand in memory.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
@@ -130,8 +109,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of the transformer: attention, then the MLP. (B, T, C) -> (B, T, C).
 
-    Both read a normalised copy of the residual stream, the x that runs through all layers, and
-    add their result to it.
+    Each of them reads a normalised copy of x, and adds its result to x. This x, which runs through
+    all layers, is called the residual stream.
     """
 
     def __init__(self, config):
@@ -141,13 +120,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
-# OpenAI's files hold these four weights as (in, out), and nn.Linear as (out, in).
+# OpenAI stored these weights as (in, out). nn.Linear wants (out, in).
 TRANSPOSED = (
     "attn.c_attn.weight",
     "attn.c_proj.weight",
@@ -159,7 +138,7 @@ TRANSPOSED = (
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), without dropout.
 
-    The parameters have OpenAI's names.
+    The parameters have the names that Hugging Face gives OpenAI's.
     """
 
     def __init__(self, config):
@@ -172,18 +151,19 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One matrix for both jobs: tokens that mean nearly the same should be close in both.
+        # One matrix for input and output. As input, a token's vector says what the token is. As
+        # output, the token's score is the product of its vector and x.
         self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
     def init_weights(self):
-        """Fill the parameters with random numbers.
+        """Fill the matrices with random numbers of standard deviation 0.02. Biases start at 0.
 
-        Their standard deviation is 0.02, and smaller in c_proj (GPT-2's paper, section 2.3).
-        Biases are 0. LayerNorms keep PyTorch's start: weight 1, bias 0.
+        LayerNorms keep PyTorch's start: weight 1, bias 0.
         """
-        # Each block adds to the residual stream twice. These layers start smaller, so that the
-        # sum doesn't grow with the number of layers.
+        # The residual stream is a sum of 2 * n_layer outputs of c_proj. A sum of N independent
+        # numbers has sqrt(N) times the standard deviation of one. So c_proj starts smaller by that
+        # factor (GPT-2's paper, section 2.3).
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -193,74 +173,69 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, caches=None):
-        """Return the vectors that lm_head turns into logits.
+    def hidden(self, idx):
+        """Return what forward() computes before lm_head: a vector for each position, (B, T, C).
 
         idx: token ids, (B, T), int64.
-        caches: a KVCache for each layer; idx then holds only the tokens that aren't in them yet.
-        Empty caches take any number of tokens, filled ones take one at a time.
-        Returns (B, T, C). Raises ValueError when the sequence is longer than block_size, and when
-        several tokens come after filled caches.
+        Raises ValueError when the sequence is longer than block_size.
         """
         B, T = idx.shape
-        block_size = self.config.block_size
-        past = 0 if caches is None else caches[0].length
-        if past + T > block_size:
-            raise ValueError(f"{past + T} tokens are longer than block_size, {block_size}")
-        if past > 0 and T > 1:  # is_causal is right only if queries and keys begin together
-            raise ValueError(f"after {past} cached tokens one token can follow, not {T}")
-
-        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are longer than block_size, {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)  # (T,)
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         pos_emb = self.transformer.wpe(pos)  # (T, C), the same for each row
         x = tok_emb + pos_emb  # (B, T, C)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, None if caches is None else caches[i])
+        for block in self.transformer.h:
+            x = block(x)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
         """Score each possible next token at each position.
 
         idx: token ids, (B, T), int64. targets: the ids that come next, (B, T), int64.
-        Returns (logits, loss). logits: (B, T, vocab_size). loss: the mean cross-entropy in nats
-        (natural-log units) per token, or None without targets.
+        Returns (logits, loss). logits: the scores, (B, T, vocab_size). loss: the mean cross-entropy
+        in nats (natural-log units) per token, or None without targets. Beside a loss, the logits
+        carry no gradient.
         """
         x = self.hidden(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, vocab_size)
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
-        # Only the loss is trained on. torch.compile doesn't know that: without this line it makes
-        # a gradient for the logits too, (B, T, vocab_size) zeros.
-        logits = logits.detach()
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            # Only the loss is trained on. torch.compile doesn't know that: without this line it
+            # makes a gradient for the logits too, (B, T, vocab_size) zeros.
+            logits = logits.detach()
         return logits, loss
 
     @classmethod
     def from_pretrained(cls, name):
-        """Return a GPT with the weights of gpt2, gpt2-medium, ..., or of a folder.
+        """Return a GPT with the weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or of a folder.
 
         The folder is in Hugging Face's format. Raises OSError when there are no such weights, and
         ValueError when they are not those of a whole GPT-2.
         """
-        if name not in OPENAI_SIZES and not os.path.isdir(name):
-            names = ", ".join(OPENAI_SIZES)
-            raise FileNotFoundError(f"{name!r} is neither a folder nor one of {names}")
-        source = load_from_hugging_face(name)
+        import transformers  # slow to import, and needed only here
+
+        transformers.logging.set_verbosity_error()  # what matters is checked below
+        transformers.logging.disable_progress_bar()
+        # The report says what is missing or has a wrong shape. check_is_gpt2 looks at it.
+        source, report = transformers.GPT2LMHeadModel.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_is_gpt2(source.config, report, name)
         config = GPTConfig(
             block_size=source.config.n_positions,
-            vocab_size=source.config.vocab_size,
             n_layer=source.config.n_layer,
             n_head=source.config.n_head,
             n_embd=source.config.n_embd,
         )
+        weights = source.state_dict()
+        for key in weights:
+            if key.endswith(TRANSPOSED):
+                weights[key] = weights[key].t()
         model = cls(config)
-        theirs = source.state_dict()
-        with torch.no_grad():
-            for key, p in model.named_parameters():
-                weight = theirs[key]
-                if key.endswith(TRANSPOSED):
-                    weight = weight.t()
-                p.copy_(weight)
+        model.load_state_dict(weights)
         return model
 
 
@@ -268,75 +243,45 @@ class GPT(nn.Module):
 # Text from the model
 
 
-class KVCache:
-    """The keys and values of all tokens that a layer has read.
-
-    With it, each new token costs one token's work: what came before is not computed again.
-    """
-
-    def __init__(self):
-        self.length = 0  # how many tokens it holds
-
-    def append(self, k, v):
-        """Add the k and v of new tokens, (B, nh, T, hs) each. Return all, (B, nh, S, hs) each."""
-        if self.length > 0:
-            k = torch.cat((self.k, k), dim=2)  # (B, nh, S, hs)
-            v = torch.cat((self.v, v), dim=2)  # (B, nh, S, hs)
-        self.k = k
-        self.v = v
-        self.length = k.size(2)
-        return k, v
-
-
 def draw_token(logits, temperature, top_k, generator):
-    """Draw one of the top_k likeliest tokens for each row: (N, vocab_size) -> (N, 1).
+    """Draw one of the top_k likeliest tokens for each row: (B, vocab_size) -> (B, 1).
 
     The logits are divided by the temperature first. A temperature of 0 takes the likeliest token.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)  # (N, 1)
+        return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
     top_k = min(top_k, logits.size(-1))
-    top_logits, top_ids = logits.topk(top_k)  # (N, top_k) each
-    probs = F.softmax(top_logits / temperature, dim=-1)  # (N, top_k)
-    choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (N, 1)
-    return top_ids.gather(1, choice)  # (N, 1)
+    top_logits, top_ids = logits.topk(top_k)  # (B, top_k) each
+    probs = F.softmax(top_logits / temperature, dim=-1)  # (B, top_k)
+    choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+    return top_ids.gather(1, choice)  # (B, 1)
 
 
 @torch.no_grad()
-def generate(model, tokens, num_samples, max_new_tokens, top_k, temperature, seed):
-    """Continue tokens, a list of ids, num_samples times, by max_new_tokens each.
+def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42,
+           show_bar=False):
+    """Return num_samples texts that begin with prompt and go on for max_new_tokens tokens.
 
-    Yields the next id of every sample, (num_samples, 1), again and again.
+    show_bar: show a bar, if standard error is a terminal. Raises UserError when prompt is empty.
     """
-    device = next(model.parameters()).device
-    # A generator of its own: sampling changes nothing for anyone else who draws numbers.
-    generator = torch.Generator(device).manual_seed(seed)
-    block_size = model.config.block_size
-    idx = torch.tensor([tokens] * num_samples, device=device)  # (num_samples, T)
-    caches = [KVCache() for _ in range(model.config.n_layer)]
-    unread = idx[:, -block_size:]
-    for _ in range(max_new_tokens):
-        x = model.hidden(unread, caches)[:, -1]  # (num_samples, C)
-        logits = model.lm_head(x)  # (num_samples, vocab_size)
-        logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
-        drawn = draw_token(logits, temperature, top_k, generator)  # (num_samples, 1)
-        yield drawn
-        idx = torch.cat((idx, drawn), dim=1)  # (num_samples, T + 1)
-        unread = drawn
-        if idx.shape[1] > block_size:
-            # The oldest token drops out, and all others move to a new position. So the cached
-            # keys and values are wrong now.
-            idx = idx[:, -block_size:]
-            unread = idx
-            caches = [KVCache() for _ in range(model.config.n_layer)]
-
-
-def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42):
-    """Return num_samples texts that begin with prompt and go on for max_new_tokens tokens."""
     encoding = gpt2_encoding()
     tokens = encoding.encode(prompt, allowed_special="all")
-    steps = generate(model, tokens, num_samples, max_new_tokens, top_k, temperature, seed)
-    drawn = torch.cat(list(steps), dim=1).tolist()  # num_samples lists of ids
+    if not tokens:
+        raise UserError("--sample: the text is empty")
+    device = next(model.parameters()).device
+    # A generator of its own, so that sampling doesn't change the run's other random numbers
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
+    cache = KVCache(model)
+    hide = None if show_bar else True  # None: a bar on a terminal, none in a file
+    for _ in tqdm(range(max_new_tokens), desc="sample", leave=False, disable=hide):
+        # The same as model.hidden(idx[:, -block_size:])[:, -1], with less work
+        x = cache.newest_vector(idx)  # (B, C)
+        logits = model.lm_head(x)  # (B, vocab_size)
+        logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
+        next_token = draw_token(logits, temperature, top_k, generator)  # (B, 1)
+        idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
+    drawn = idx[:, len(tokens):].tolist()  # B lists of ids
     return [prompt + encoding.decode(row) for row in drawn]
 
 
@@ -344,63 +289,83 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
 # The data
 
 
-class Shards:
-    """The tokens of a data set: arrays, (n,) uint16 each. Those on disk are memory-mapped."""
+def load_data(path):
+    """Return (arrays to train on, an array to validate on): uint16 tokens, (n,) each.
 
-    def __init__(self, arrays, checksums=None):
-        self.arrays = arrays
-        self.checksums = checksums or {}  # {file name: sha256}
-        self.sizes = np.array([len(array) for array in arrays])
-        self.checked = set()
-
-    def __len__(self):
-        return int(self.sizes.sum())
-
-    def check(self, i):
-        """Compare array i with its sha256, if it is a file. It is read whole, once.
-
-        Raises ValueError, which names the file, when the two differ or when the array holds an id
-        that GPT-2 doesn't have.
-        """
-        array = self.arrays[i]
-        if i in self.checked or not isinstance(array, np.memmap):
-            return
-        name = os.path.basename(array.filename)
-        expected = self.checksums.get(name)
-        if expected is not None and fineweb.sha256(array.filename) != expected:
-            raise ValueError(f"{name} is damaged: its sha256 isn't the one in SHA256SUMS; make it "
-                             "again, by the same fineweb.py command with another --out")
-        if array.max() > 50256:
-            raise ValueError(f"{name} holds the token {array.max()}, and GPT-2's end at 50256")
-        self.checked.add(i)
-
-    def head(self, n):
-        """Return the first n tokens, (n,) uint16, or fewer when there aren't that many."""
-        parts = []
-        for i, array in enumerate(self.arrays):
-            if n > 0:
-                self.check(i)
-                parts.append(array[:n])
-                n -= len(array)
-        return np.concatenate(parts)
-
-    def row_place(self, number, T, seed, epoch):
-        """Return (i, start): row `number` of an epoch begins at arrays[i][start].
-
-        A row is T tokens and the one after, all of one shard. seed and epoch decide the order of
-        the shards and of each shard's rows. With seed None nothing is shuffled. Tokens left over
-        at a shard's end are skipped.
-        """
-        rows_per_shard = ((self.sizes - 1) // T).tolist()  # a shard's last token has no successor
-        for i in permutation(len(rows_per_shard), seed, epoch).tolist():
-            if number < rows_per_shard[i]:
-                break
-            number -= rows_per_shard[i]  # the row is in a later shard
-        row_order = permutation(rows_per_shard[i], seed, epoch, i)
-        return i, int(row_order[number]) * T
+    path: a folder of shards, which stay on disk (memory-mapped), or a text file, of which the first
+    90% and the last 10% are taken. Raises UserError.
+    """
+    if os.path.isdir(path):
+        arrays, val = open_shards(path)
+    else:
+        arrays, val = load_text(path)
+    if len(val) < 2:
+        raise UserError(f"--data {path}: its text is too short to validate on")
+    return arrays, val
 
 
-@functools.lru_cache(maxsize=4)  # row_place asks for the same few again and again
+def load_text(path):
+    """Return what load_data does, of a text file. <|endoftext|> in it separates documents."""
+    if not os.path.exists(path):
+        raise UserError(f"--data {path}: there is no such file or folder in {os.getcwd()}")
+    if path.endswith((".jsonl", ".parquet")):
+        raise UserError(f"--data {path}: it is no plain text; python fineweb.py --files {path} "
+                        "--out FOLDER makes shards of it, and --data FOLDER trains on them")
+    end_of_text = np.array([gpt2_encoding().eot_token], dtype=np.uint16)
+    parts = []
+    with blame(f"--data {path}"):
+        for origin, text in fineweb.read_txt(path):
+            if text is None:
+                raise UserError(f"--data {origin}: it isn't UTF-8 text")
+            if parts:
+                parts.append(end_of_text)
+            parts.append(fineweb.encode(text))
+    if not parts:
+        raise UserError(f"--data {path}: there is no text in it")
+    tokens = np.concatenate(parts)
+    split = len(tokens) * 9 // 10
+    return [tokens[:split]], tokens[split:]
+
+
+def open_shards(folder):
+    """Return what load_data does, of a folder of shards. Raises UserError when one is missing."""
+    names = [name for name in os.listdir(folder)
+             if re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name)]
+    if len(names) < 2:
+        raise UserError(f"--data {folder}: it holds {len(names)} shards, and a run needs one to "
+                        "train on and one to validate on; python fineweb.py makes them")
+    allow_open_files(len(names) + 1000)  # a memory-mapped file stays open; 1000 for all else
+    arrays = []
+    for number in range(len(names)):
+        name = fineweb.shard_name(number)
+        if name not in names:
+            raise UserError(f"--data {folder}: {name} is missing, though there are later ones")
+        arrays.append(open_shard(os.path.join(folder, name)))
+    if not fineweb.is_finished(folder):
+        print0(f"warning: fineweb.py has not finished in {folder}; give its command again to "
+               "finish. A run that begins now can't be resumed when there are more shards.",
+               file=sys.stderr)
+    return arrays[1:], arrays[0]
+
+
+def open_shard(path):
+    """Return the tokens of a shard, (n,) uint16, memory-mapped. Raises UserError."""
+    # A damaged header breaks NumPy's reader in any way.
+    with blame(f"--data {path}: the shard is damaged", Exception):
+        array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype != np.uint16 or array.ndim != 1 or len(array) == 0:
+        raise UserError(f"--data {path}: it holds {array.dtype} of shape {array.shape}, and a "
+                        "shard is one row of uint16")
+    return array
+
+
+def check_ids(tokens):
+    """Raise UserError when tokens, an array, has an id that GPT-2 doesn't know."""
+    if tokens.max() > 50256:  # on a GPU it would be a fault without a line number
+        raise UserError(f"--data holds the token {tokens.max()}, and GPT-2's end at 50256")
+
+
+@functools.lru_cache(maxsize=4)  # read_row asks for the same few again and again
 def permutation(n, seed, *more_seeds):
     """Return the numbers from 0 to n - 1, shuffled by the seeds, unshuffled when seed is None."""
     if seed is None:
@@ -408,128 +373,58 @@ def permutation(n, seed, *more_seeds):
     return np.random.default_rng((seed, *more_seeds)).permutation(n)
 
 
-def open_shards(folder):
-    """Return (train, val), two Shards, of the files in folder. They stay on disk (memory-mapped).
-
-    Raises ValueError, which names the shard, when one isn't a whole file of uint16 or is missing.
-    """
-    arrays = dict(val=[], train=[])
-    for name in sorted(os.listdir(folder)):
-        match = re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name)
-        if match is None:
-            continue
-        try:
-            array = np.lib.format.open_memmap(os.path.join(folder, name), mode="r")
-        except OSError:
-            raise
-        except Exception as error:  # any: a wrong header can break NumPy's reader in any way
-            raise ValueError(f"{name} is damaged ({first_line(error)}); make it again") from error
-        if array.dtype != np.uint16 or array.ndim != 1 or len(array) == 0:
-            raise ValueError(f"{name} holds {array.dtype} of shape {array.shape}, and a shard is "
-                             "one row of uint16")
-        arrays[match[1]].append(array)
-    for kind in ("val", "train"):
-        if not arrays[kind]:
-            raise ValueError(f"it holds no edufineweb_{kind}_*.npy; python fineweb.py makes them")
-    if not fineweb.is_finished(folder):
-        print0(f"warning: fineweb.py has not finished in {folder}; run the same command again to "
-               "finish. A run that begins now can't be resumed when there are more shards.",
-               file=sys.stderr)
-    checksums = fineweb.read_checksums(folder)
-    return Shards(arrays["train"], checksums), Shards(arrays["val"], checksums)
-
-
-def load_data(path):
-    """Return (train, val), two Shards: a folder's, or the first 90% and last 10% of a text file.
-
-    <|endoftext|> in a text separates documents. Raises OSError and ValueError.
-    """
-    if os.path.isdir(path):
-        return open_shards(path)
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no such file or folder in {os.getcwd()}")
-    if path.endswith((".json", ".jsonl", ".parquet")):
-        raise ValueError(f"it is no plain text; python fineweb.py --files {path} --out FOLDER "
-                         "makes shards of it, and --data FOLDER trains on them")
-    encoding = gpt2_encoding()
-    parts = []
-    for document in fineweb.read_text(path):
-        parts.append(fineweb.encode(document, encoding))
-        parts.append(np.array([encoding.eot_token], dtype=np.uint16))
-    if not parts:
-        raise ValueError("there is no text in it")
-    tokens = np.concatenate(parts[:-1])  # no <|endoftext|> after the last document
-    if len(tokens) < 20:
-        raise ValueError(f"it has {len(tokens)} tokens, which is too few to train and validate on")
-    split = len(tokens) * 9 // 10
-    return Shards([tokens[:split]]), Shards([tokens[split:]])
-
-
-def fingerprint(*data):
-    """Return a short text that identifies the data, one or more Shards."""
-    digest = hashlib.sha256()
-    for shards in data:
-        for array in shards.arrays:
-            if isinstance(array, np.memmap):
-                name = os.path.basename(array.filename)
-                checksum = shards.checksums.get(name, "unknown")
-                digest.update(f"{name} {len(array)} {checksum}\n".encode())
-            else:
-                digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
-
-
 class DataLoaderLite:
-    """Cut tokens, Shards, into micro-batches: B rows of T tokens for each of `world` processes.
+    """Cut arrays of tokens, (n,) uint16 each, into rows of T tokens, and hand out B rows at a time.
 
-    A micro-batch is what one process computes at once. Several make up an update. The processes
-    take turns: the first B rows are process 0's, the next B process 1's, and so on. So together
-    they read what one process would, in the same order.
+    These B rows are a micro-batch: what a process computes at once. The processes take turns: the
+    first B rows are process 0's, the next B process 1's, and so on. So together they read what one
+    process would, in the same order. An epoch is all whole rows of all arrays. The tokens left over
+    at an array's end, too few for a row, are never read.
 
-    position: the tokens that all processes together have taken since the run began.
-    seed: the order of each epoch comes from it. With None the data stay as they are.
-    Raises ValueError when the data are too short for one sequence or one micro-batch.
+    seed: the order of the rows in each epoch comes from it. With None they stay as they are.
+    first_row: the row of the run at which to begin, counted over all epochs.
+    Raises UserError when there is no row.
     """
 
-    def __init__(self, tokens, B, T, total_batch_size, rank=0, world=1, seed=None):
-        self.tokens = tokens
+    def __init__(self, arrays, B, T, rank=0, world=1, seed=None, first_row=0):
+        self.arrays = arrays
         self.B = B
         self.T = T
         self.rank = rank
         self.world = world
         self.seed = seed
-        self.position = 0
-        if tokens.sizes.max() <= T:
-            raise ValueError(f"its longest piece has {tokens.sizes.max()} tokens, and a sequence "
-                             f"needs {T + 1}; lower --seq_len, or make larger shards")
-        usable = int(((tokens.sizes - 1) // T).sum()) * T
-        if usable < B * T * world:
-            raise ValueError(f"it has {usable:,} tokens in whole sequences, and a micro-batch of "
-                             f"{B} x {T} x {world} takes {B * T * world:,}; lower --batch_size or "
-                             "--seq_len")
-        # Rows that don't fill an update are dropped, so an epoch doesn't depend on B and world.
-        self.epoch_tokens = usable // total_batch_size * total_batch_size
-        if self.epoch_tokens == 0:  # a text shorter than an update is read again within it
-            self.epoch_tokens = usable
+        self.next_row = first_row
+        # A row is read with the token after it, the last one's target.
+        self.rows_per_array = [(len(array) - 1) // T for array in arrays]
+        self.rows_per_epoch = sum(self.rows_per_array)
+        if self.rows_per_epoch == 0:
+            raise UserError(f"--data has {max(map(len, arrays))} tokens in one piece, and a "
+                            f"sequence needs {T + 1}; lower --seq_len, or make larger shards")
 
     def read_row(self, number):
         """Return row `number` of the run, counted over all epochs: (T + 1,) uint16."""
-        epoch, number = divmod(number, self.epoch_tokens // self.T)
-        i, start = self.tokens.row_place(number, self.T, self.seed, epoch)
-        self.tokens.check(i)
-        return self.tokens.arrays[i][start : start + self.T + 1]
+        epoch, left = divmod(number, self.rows_per_epoch)
+        for i in permutation(len(self.arrays), self.seed, epoch).tolist():
+            rows = self.rows_per_array[i]
+            if left < rows:
+                order = permutation(rows, self.seed, epoch, i)
+                start = int(order[left]) * self.T
+                return self.arrays[i][start : start + self.T + 1]
+            left -= rows  # the row is in a later array
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token.
 
-        Raises ValueError, which names the shard, when the data are damaged.
+        Raises UserError when the data hold an id that GPT-2 doesn't know.
         """
-        first = self.position // self.T + self.rank * self.B
+        first = self.next_row + self.rank * self.B
         rows = [self.read_row(first + i) for i in range(self.B)]
-        buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-        x = buf[:, :-1].contiguous()  # (B, T)
-        y = buf[:, 1:].contiguous()  # (B, T)
-        self.position += self.B * self.T * self.world
+        tokens = np.stack(rows)  # (B, T + 1)
+        check_ids(tokens)
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        x = tokens[:, :-1].contiguous()  # (B, T)
+        y = tokens[:, 1:].contiguous()  # (B, T)
+        self.next_row += self.B * self.world
         return x, y
 
 
@@ -537,40 +432,93 @@ class DataLoaderLite:
 # The recipe
 
 
-def setting(default, help):
-    """Return a field of TrainConfig, with its default and the text that --help shows."""
-    return field(default=default, metadata=dict(help=help))
+# OpenAI released these four. MODEL_SIZES has all that --model knows.
+OPENAI_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+MODEL_SIZES = {
+    "laptop": dict(n_layer=4, n_head=6, n_embd=96),  # small enough for two CPU cores
+    **OPENAI_SIZES,
+    # GPT-3's paper, table 2.1
+    "gpt3-small": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt3-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt3-large": dict(n_layer=24, n_head=16, n_embd=1536),
+    # The table gives 24 heads of 128, which is wider than 2048. We take 16 heads of 128.
+    "gpt3-xl": dict(n_layer=24, n_head=16, n_embd=2048),
+}
+
+
+def setting(default, meaning, zero_ok=False, choices=None):
+    """Return a field of a config: its default, the text that --help shows, and what is allowed.
+
+    A number has to be above 0, or 0 where that is ok. A default of None: the machine decides.
+    """
+    return field(default=default, metadata=dict(meaning=meaning, zero_ok=zero_ok, choices=choices))
 
 
 @dataclass
 class TrainConfig:
     """The settings of a run, each of them a flag. The defaults are GPT-2 (124M) on FineWeb-Edu."""
 
-    model: str = setting("gpt2", "the shape of a new model, and its preset")
+    model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
     init_from: str = setting("scratch", "scratch, or start from gpt2, ..., a .pt file, a folder")
     data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
     log_dir: str = setting("log", "the folder for the log and the checkpoints")
-    batch_size: int = setting(64, "B, sequences in a micro-batch; lower it when memory is short")
-    seq_len: int = setting(1024, "T, tokens in a sequence")
-    total_batch_size: int = setting(2**19, "tokens in an update")
+    seed: int = setting(1337, "first weights, the data's order, --sample's draws", zero_ok=True)
     shuffle: bool = setting(True, "read the data in a new order in each epoch")
+
+    total_batch_size: int = setting(2**19, "tokens in an update")
+    seq_len: int = setting(1024, "T, tokens in a sequence")
+    batch_size: int = setting(None, "B, sequences in a micro-batch; lower it when memory is short")
     max_steps: int = setting(19073, "updates of the weights; 19073 are 10B tokens")
-    warmup_steps: int = setting(715, "updates in which the learning rate rises to max_lr")
-    max_lr: float = setting(6e-4, "the learning rate's peak; it falls to a tenth of it")
-    weight_decay: float = setting(0.1, "AdamW's decay of the matrices")
+    warmup_steps: int = setting(715, "updates in which the rate rises to max_lr", zero_ok=True)
+    max_lr: float = setting(6e-4, "the learning rate's peak; then it falls to a tenth")
+    weight_decay: float = setting(0.1, "AdamW's decay of the matrices", zero_ok=True)
     grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this one")
-    eval_interval: int = setting(250, "updates between validation losses; 0 turns them off")
+
+    eval_interval: int = setting(250, "updates between validation losses; 0: none", zero_ok=True)
     val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
-    hellaswag_interval: int = setting(250, "updates between HellaSwag scores; 0 turns them off")
-    sample_interval: int = setting(250, "updates between samples; 0 turns them off")
-    checkpoint_interval: int = setting(5000, "updates between checkpoints; 0 turns them off")
-    checkpoint_minutes: float = setting(30.0, "also save every so many minutes; 0 turns this off")
+    hellaswag_interval: int = setting(250, "updates between HellaSwag's; 0: none", zero_ok=True)
+    sample_interval: int = setting(250, "updates between samples; 0: none", zero_ok=True)
+    checkpoint_interval: int = setting(5000, "updates between checkpoints; 0: none", zero_ok=True)
+    checkpoint_minutes: float = setting(30.0, "minutes between checkpoints; 0: none", zero_ok=True)
     keep_checkpoints: int = setting(3, "keep so many of the newest, and each 5000th update's")
-    device: str = setting("cuda", "cuda, mps or cpu")
-    dtype: str = setting("bfloat16", "bfloat16, float16 or float32, for matrix products")
-    compile: bool = setting(True, "use torch.compile")
-    timeout_minutes: float = setting(10.0, "how long processes wait for one that hangs")
-    seed: int = setting(1337, "sets the first weights, the data's order, and --sample's draws")
+
+    device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
+                          choices=("cuda", "mps", "cpu"))
+    dtype: str = setting(None, "the type for matrix products",
+                         choices=("bfloat16", "float16", "float32"))
+    compile: bool = setting(None, "use torch.compile")
+    timeout_minutes: float = setting(10.0, "how long processes wait for one that doesn't come")
+
+
+# How the settings of each preset differ from TrainConfig's defaults. The GPTs have the learning
+# rates and batch sizes of GPT-3's paper, table 2.1, for their size.
+PRESETS = {
+    "laptop": dict(  # three epochs of input.txt: one is 283.5 updates
+        seq_len=64, total_batch_size=1024, max_steps=850, warmup_steps=300, max_lr=6e-3,
+        weight_decay=0.8, eval_interval=170, val_tokens=2**17, hellaswag_interval=0,
+        sample_interval=170, checkpoint_interval=170,
+    ),
+    "fine-tune": dict(  # for --init_from. seq_len None: the model's block_size, 1024 at most
+        seq_len=None, total_batch_size=2**13, max_steps=100, warmup_steps=10, max_lr=3e-5,
+        eval_interval=25, val_tokens=2**17, hellaswag_interval=0, sample_interval=25,
+        checkpoint_interval=50,
+    ),
+    "gpt2": dict(),
+    "gpt2-medium": dict(max_lr=3e-4),
+    "gpt2-large": dict(max_lr=2.5e-4),
+    "gpt2-xl": dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358),
+    "gpt3-small": dict(seq_len=2048),
+    "gpt3-medium": dict(seq_len=2048, max_lr=3e-4),
+    "gpt3-large": dict(seq_len=2048, max_lr=2.5e-4),
+    "gpt3-xl": dict(
+        seq_len=2048, max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358
+    ),
+}
 
 
 def get_lr(step, cfg):
@@ -591,7 +539,7 @@ def get_lr(step, cfg):
 def configure_optimizer(model, weight_decay, lr):
     """Return AdamW for model.
 
-    Weight decay pulls on the matrices: linear layers and embeddings. It leaves biases and
+    Weight decay pulls the matrices towards 0: linear layers and embeddings. It leaves biases and
     LayerNorms alone.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -600,42 +548,34 @@ def configure_optimizer(model, weight_decay, lr):
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=vectors, weight_decay=0.0),
     ]
-    # fused: one kernel updates all parameters, instead of several kernels for each of them
+    # The betas are GPT-3's. fused: the whole update takes very few kernels.
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 @torch.no_grad()
-def evaluate(model, tokens, B, T, rank=0, world=1, should_stop=None):
+def evaluate(model, tokens, B, T, rank=0, world=1):
     """Return the mean loss of tokens[1:], in nats per token, each token scored once.
 
     tokens: (n,) uint16. They are cut into rows of T, and batches of B rows. The processes take
     turns with the batches, so the result is the same, up to rounding, for any number of them.
-    should_stop() is asked before each batch. If it says yes in any process, the result is None.
     """
     device = next(model.parameters()).device
-    starts = range(rank * B * T, len(tokens) - 1, world * B * T)
-    losses = []  # (mean loss, number of tokens) of each batch
-    stopped = 0
+    batch = B * T  # tokens
+    starts = range(rank * batch, len(tokens) - 1, world * batch)
+    total = 0.0
     hide = None if rank == 0 else True  # None: a bar on a terminal, none in a file
     for start in tqdm(starts, desc="validation", leave=False, disable=hide):
-        if should_stop is not None and should_stop():
-            stopped = 1
-            break
-        part = torch.from_numpy(tokens[start : start + B * T + 1].astype(np.int64))
-        count = len(part) - 1  # B * T, or less in the last batch
-        padding = B * T - count
+        part = torch.from_numpy(tokens[start : start + batch + 1].astype(np.int64))
+        count = len(part) - 1  # less in the last batch
+        padding = batch - count
         x = F.pad(part[:-1], (0, padding)).view(B, T)
         y = F.pad(part[1:], (0, padding), value=-100).view(B, T)  # -100: it isn't scored
-        loss = model(x.to(device), y.to(device))[1]
-        losses.append((loss, count))  # not loss.item(): it would wait for the GPU
-
-    total = sum(count * loss.item() for loss, count in losses)
+        loss = model(x.to(device), y.to(device))[1]  # the logits are let go at once
+        total += loss.item() * count
     if world > 1:
-        totals = torch.tensor([total, stopped], dtype=torch.float64, device=device)
-        dist.all_reduce(totals)
-        total, stopped = totals.tolist()
-    if stopped > 0:
-        return None
+        sums = torch.tensor(total, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        total = sums.item()
     return total / (len(tokens) - 1)
 
 
@@ -650,101 +590,115 @@ def mean_token_bytes(tokens):
     return np.array(lengths)[tokens].mean()
 
 
-def flops_per_token(model, T):
-    """Return the floating-point operations of training on one token of a sequence of T.
-
-    6 for each weight of a matrix (2 forward, 4 backward), and 12 * layers * width * T for
-    attention (PaLM's paper, appendix B). The embeddings are looked up, not multiplied.
-    """
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    matrices -= model.transformer.wpe.weight.numel()  # wte counts: it is lm_head too
-    return 6 * matrices + 12 * model.config.n_layer * model.config.n_embd * T
-
-
 # -----------------------------------------------------------------------------
 # The run
 
 
-def main(given, resume=False):
-    """Train a model and return it.
+def launch(given, resume=False):
+    """Train a model and return it: main() is called with the device, the others, and the folder.
 
-    given: the settings that the user asked for, {name: value}. The others come from a preset, or
-    with resume from the newest checkpoint. Bad settings end the program with status 2.
+    given: the settings that you choose, {name: value}. The others come from a preset. With resume
+    the run goes on from the newest checkpoint, with its settings; where there is none, a new run
+    begins. Raises UserError when something can't work.
     """
-    # Who am I, and what was asked for? settings: what is given, and the preset's or checkpoint's.
-    # The next checkpoint keeps them. cfg: the settings, and what this machine decides.
-    rank = int(os.environ.get("RANK", 0))  # torchrun tells each of its processes
+    check_settings(given)
+    check_torchrun(resume)
+    # torchrun tells each process which one it is, and how many there are. pick_device reads
+    # LOCAL_RANK, its number on this machine.
+    rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    checkpoint = checkpoint_to_continue(given.get("log_dir", TrainConfig.log_dir), resume)
-    settings = choose_settings(given, checkpoint)
-    device = pick_device(settings.get("device"))
-    cfg = make_config(settings, device)
-    check_config(cfg)
+    device = pick_device(given.get("device"))
     prepare(device)
     if world > 1:
-        start_processes(device, rank, world, cfg.timeout_minutes)
+        meet_others(device, rank, world, given.get("timeout_minutes", TrainConfig.timeout_minutes))
 
-    # The model, its data, the recipe
+    # The first process alone writes to log_dir, so it alone locks it.
+    lock = contextlib.nullcontext()
+    if rank == 0:
+        lock = fineweb.lock_folder(given.get("log_dir", TrainConfig.log_dir), "--log_dir")
+    with lock, contextlib.closing(StopRequest()) as stop:
+        if world > 1:
+            dist.barrier()  # nobody looks for a checkpoint before the folder is ours
+        model = main(given, resume, device, rank, world, stop)
+    if world > 1:
+        dist.destroy_process_group()
+    return model
+
+
+def main(given, resume, device, rank, world, stop):
+    """Train a model and return it. given, resume: as in launch(). stop: a StopRequest."""
+    # Where does the run begin, and with which settings?
+    log_dir = given.get("log_dir", TrainConfig.log_dir)
+    checkpoint = newest_checkpoint(log_dir) if resume else None
+    found_step = None if checkpoint is None else checkpoint["step"]
+    check_agreement(world, checkpoint=found_step)
+    first_step = found_step or 0
+    cfg = choose_config(given, checkpoint, device)
+    dtype = cfg.dtype or best_dtype(device)
+
+    # The model, and the size of a micro-batch
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, checkpoint).to(device)
-    if "batch_size" not in settings:
-        cfg.batch_size = fitting_batch_size(cfg, model, device, world)
-    B = cfg.batch_size
-    T = cfg.seq_len
-    check_batch(cfg, model, world)
+    T = cfg.seq_len or min(1024, model.config.block_size)
+    B = cfg.batch_size or fitting_batch_size(model, T, cfg.total_batch_size, dtype, device, world)
+    check_batch(model, B, T, cfg.total_batch_size, world)
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
+
+    # The data
+    arrays, val_array = load_data(cfg.data)
+    val_tokens = val_array[: cfg.val_tokens + 1]  # the first one isn't scored
+    check_ids(val_tokens)
+    token_bytes = mean_token_bytes(val_tokens[1:])
+    data_id = fingerprint([*arrays, val_array])
+    check_agreement(world, data=data_id, batch_size=B)
+    first_row = first_step * cfg.total_batch_size // T
+    seed = cfg.seed if cfg.shuffle else None
+    loader = DataLoaderLite(arrays, B, T, rank, world, seed, first_row)
+    examples = hellaswag.load_examples(model.config.block_size) if cfg.hellaswag_interval else []
+
+    # The recipe. float16 can't hold small gradients: the scaler scales them up, and down again.
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
-    loader, val_tokens, data_id = prepare_data(cfg, rank, world)
-    examples = prepare_hellaswag(cfg, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=(dtype == "float16"))
+    if checkpoint is not None:
+        restore(checkpoint, cfg, data_id, optimizer, scaler)
 
-    # Where the run begins, or goes on
-    first_step, tokens_seen, skipped = restore(checkpoint, cfg, data_id, optimizer, scaler)
-    loader.position = tokens_seen
-    check_agreement(world, checkpoint=first_step, data=data_id, batch_size=B)
-    lock = open_folder(cfg, model, checkpoint, rank, world)
-    saver = CheckpointSaver(cfg, settings, model, optimizer, scaler, data_id, checkpoint)
-    cfg.compile = cfg.compile and can_compile(device)
-    print_plan(cfg, model, device, world, loader, grad_accum_steps, checkpoint)
-    checkpoint = None  # let go of the tensors that nobody uses any more
-
-    # Only training is compiled. HellaSwag and samples have many shapes: each would be compiled.
-    train_model = compile_model(model, device) if cfg.compile else model
+    # All is well: from here on the folder belongs to this run.
+    if rank == 0:
+        take_over_folder(cfg.log_dir, checkpoint)
+    # Only training is compiled: evaluation would need another compilation, samples many.
+    train_model = compile_model(model, cfg.compile, device, dtype)
+    # Each process has the whole model and reads micro-batches of its own. DDP averages their
+    # gradients, so that all make the same update.
     if world > 1:
         train_model = DDP(train_model, device_ids=[device] if device.type == "cuda" else None)
+    saver = CheckpointSaver(cfg, model, optimizer, scaler, data_id, checkpoint)
+    log = Log(cfg.log_dir)
+    speed = Speed(cfg, model, T, device, dtype, world)
+    print_plan(cfg, model, loader, device, dtype, checkpoint)
+    checkpoint = None  # let go of the tensors that nobody uses any more
 
-    log = RunLog(cfg, model, val_tokens, device, rank, world)
-    stop = StopRequest()
-    stopping = False
+    stop.listen()
+    skipped = 0  # how many updates in a row had a number that isn't finite
     x, y = fetch_batch(loader, device)
-    for step in range(first_step, cfg.max_steps + 1):
-        if stopping:  # step is the number of updates done; it is saved below
-            break
-        last_step = step == cfg.max_steps  # all updates are done: only save and evaluate
+    for step in range(first_step, cfg.max_steps + 1):  # step: how many updates are done
+        last_step = step == cfg.max_steps
 
-        # Save first. Then nothing is lost when something below fails.
-        if rank == 0 and saver.wants(step, last_step):
-            saver.save(step, tokens_seen, skipped, must_work=step == 0 or last_step)
+        if rank == 0 and saver.is_due(step, last_step):
+            saver.save(step, must_work=step == 0 or last_step)
 
-        # Once in a while: the validation loss
         if is_due(cfg.eval_interval, step, last_step):
-            with autocast(device, cfg.dtype):
-                val_loss = evaluate(model, val_tokens, B, T, rank, world, stop.is_requested)
-            if val_loss is None:
-                stopping = True
-                break
-            log.validation(step, val_loss)
+            with autocast(device, dtype):
+                val_loss = evaluate(model, val_tokens, B, T, rank, world)
+            print0(validation_line(step, val_loss, token_bytes))
+            log.write(step, "val", val_loss)
 
-        # Once in a while: HellaSwag
         if is_due(cfg.hellaswag_interval, step, last_step):
-            with autocast(device, cfg.dtype):
-                right = hellaswag.count_right(model, examples, rank, world, stop.is_requested)
-            if right is None:
-                stopping = True
-                break
-            log.hellaswag(step, right, len(examples))
+            with autocast(device, dtype):
+                right = hellaswag.count_right(model, examples, rank, world)
+            accuracy = right / len(examples)
+            print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {accuracy:.4f}")
+            log.write(step, "hella", accuracy)
 
-        # Once in a while: samples
         if is_due(cfg.sample_interval, step, last_step):
             for text in sample(model, "Hello, I'm a language model,"):
                 print0(">", text)
@@ -752,7 +706,7 @@ def main(given, resume=False):
         if last_step:
             break
 
-        # One update: the gradient of the mean loss over grad_accum_steps micro-batches
+        # One update: the gradient of the mean loss over all micro-batches
         t0 = time.perf_counter()
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
@@ -760,53 +714,65 @@ def main(given, resume=False):
         optimizer.zero_grad()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            if world > 1:  # exchange gradients once, after the last micro-batch
+            if world > 1:  # it does so within backward(), and only in the last one
                 train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            with autocast(device, cfg.dtype):
+            with autocast(device, dtype):
                 loss = train_model(x, y)[1]  # the logits are let go at once: they are large
-            # backward() adds up gradients. A sum of means is not yet a mean: divide.
+            # backward() adds to the gradients that are there. That gives the gradient of the sum of
+            # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
-            x, y = fetch_batch(loader, device)  # a GPU is still busy with the batch before
+            # Fetch the next batch now, while a GPU still computes this one.
+            x, y = fetch_batch(loader, device)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
-        asked = torch.full_like(loss_accum, stop.is_requested())
-        if world > 1:  # sum over all processes; the norm is the same in each of them already
-            dist.all_reduce(loss_accum)
-            dist.all_reduce(asked)
-        mean_loss = loss_accum.item() / world  # until here work was only queued for the GPU
+        # Sum over the processes: the losses, and how many of them were asked to stop
+        asked = torch.full_like(loss_accum, float(stop.is_requested()))
+        sums = torch.stack((loss_accum, asked))
+        if world > 1:
+            dist.all_reduce(sums)
+        loss_sum, stops = sums.tolist()  # this waits for the GPU, which had work queued
+        mean_loss = loss_sum / world
         norm = norm.item()
-        stopping = asked.item() > 0  # at least one of the processes was asked to stop
+
+        # An update with a number that isn't finite would make every weight NaN, for good.
         if math.isfinite(mean_loss) and math.isfinite(norm):
             scaler.step(optimizer)
             skipped = 0
         else:
-            skipped += 1  # such an update would make every weight NaN, for good
+            skipped += 1
+        gone_bad = skipped >= TOO_MANY_SKIPPED and scaler.get_scale() <= 1
         scaler.update()
-        tokens_seen += cfg.total_batch_size  # not loader.position: it is one micro-batch further
         dt = time.perf_counter() - t0  # seconds
 
-        log.update(step, mean_loss, lr, norm, dt, skipped)
-        if skipped == 5:
-            fail(f"step {step}: loss or gradient was not finite 5 times in a row; "
-                 "a lower --max_lr may help, or another --seed")
+        line = f"step {step:5d} | loss: {mean_loss:.6f} | lr {lr:.4e} | norm: {norm:.4f}"
+        line += speed.describe(step, dt)
+        if skipped > 0:
+            line += f" | skipped, {skipped} in a row"
+        print0(line)
+        log.write(step, "train", mean_loss)
 
-    if stopping:
-        if rank == 0 and saver.saved_step != step:
-            saver.save(step, tokens_seen, skipped, must_work=True)
-        print0(f"stopped after {step} of {cfg.max_steps} updates; --resume goes on")
-    stop.restore_handlers()
-    log.file.close()
-    lock.release()
-    if world > 1:
-        del train_model  # DDP holds on to the process group, which then could not end
-        dist.destroy_process_group()
+        if stops > 0 or gone_bad:
+            if rank == 0:
+                saver.save(step + 1, must_work=True)
+            if world > 1:
+                dist.barrier()  # nobody leaves before it is saved
+            if gone_bad:
+                raise UserError(f"step {step}: loss or gradient was not finite {skipped} times in "
+                                "a row; a lower --max_lr may help, or another --seed")
+            print0(f"stopped after {step + 1} of {cfg.max_steps} updates; --resume goes on")
+            break
     return model
 
 
-# You have read the training. What follows keeps a long run alive, on any machine.
+# You have read the training. What follows is what it calls.
+
+# So many bad updates in a row end the run. float16's first ones are normal: its scale begins far
+# too high, and each of them halves it. So there the run ends only once the scale is 1. Without
+# float16 it is always 1.
+TOO_MANY_SKIPPED = 5
 
 
 def is_due(interval, step, last_step):
@@ -819,253 +785,210 @@ def build_model(cfg, checkpoint):
     if checkpoint is not None:
         return model_of(checkpoint)
     if cfg.init_from != "scratch":
-        with or_fail(f"--init_from {cfg.init_from}"):
-            return load_model(cfg.init_from)
+        return load_model(cfg.init_from, "--init_from")
     # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly among a kernel's
     # threads. The 47 extra tokens never occur.
-    return GPT(GPTConfig(vocab_size=50304, **MODEL_SIZES[cfg.model]))
-
-
-def prepare_data(cfg, rank, world):
-    """Return (the loader, the validation tokens, a fingerprint of the data)."""
-    with or_fail(f"--data {cfg.data}"):
-        train_data, val_data = load_data(cfg.data)
-        seed = cfg.seed if cfg.shuffle else None
-        loader = DataLoaderLite(train_data, cfg.batch_size, cfg.seq_len, cfg.total_batch_size,
-                                rank, world, seed)
-        val_tokens = val_data.head(cfg.val_tokens + 1)  # the first token isn't scored
-    return loader, val_tokens, fingerprint(train_data, val_data)
-
-
-def prepare_hellaswag(cfg, model):
-    """Return HellaSwag's examples, or [] when the run doesn't want them."""
-    if cfg.hellaswag_interval == 0:
-        return []
-    with or_fail(f"--hellaswag_interval {cfg.hellaswag_interval} (0 turns HellaSwag off)"):
-        examples = hellaswag.load_examples(gpt2_encoding())
-        longest = max(example.tokens.shape[1] for example in examples)
-        if longest > model.config.block_size:
-            raise ValueError(f"its longest example has {longest} tokens, and the model can read "
-                             f"{model.config.block_size}")
-    return examples
+    config = GPTConfig(block_size=cfg.seq_len, vocab_size=50304, **MODEL_SIZES[cfg.model])
+    return GPT(config)
 
 
 def fetch_batch(loader, device):
-    """Return the loader's next x and y on device. A GPU copies them while it works."""
-    with or_fail("--data"):
-        x, y = loader.next_batch()
-    if device.type == "cuda":  # from pinned memory the GPU fetches by itself, and we don't wait
-        x = x.pin_memory()
-        y = y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    """Return the loader's next x and y on device."""
+    x, y = loader.next_batch()
+    if device.type != "cuda":
+        return x.to(device), y.to(device)
+    # From pinned memory the GPU copies them by itself, and we don't wait.
+    x = x.pin_memory().to(device, non_blocking=True)
+    y = y.pin_memory().to(device, non_blocking=True)
+    return x, y
 
 
-def print_plan(cfg, model, device, world, loader, grad_accum_steps, checkpoint):
+class KVCache:
+    """Sampling, with less work: keep the keys and values of all tokens that the model has read."""
+
+    def __init__(self, model):
+        self.model = model
+        self.length = 0  # how many tokens it holds
+        self.layers = {}  # {number of a layer: (k, v)}, (B, nh, length, hs) each
+
+    def newest_vector(self, idx):
+        """Return model.hidden(idx[:, -block_size:])[:, -1], (B, C).
+
+        idx: (B, T) int64; from the second call on, one token longer than before.
+        """
+        config = self.model.config
+        if idx.shape[1] > config.block_size:
+            # The oldest token drops out. All others move, and get other keys and values.
+            idx = idx[:, -config.block_size :]
+            self.length = 0
+        past = self.length
+        new = idx[:, past:]  # (B, S): all tokens, or one
+        B, S = new.shape
+        C, nh = config.n_embd, config.n_head
+        pos = torch.arange(past, past + S, device=idx.device)  # (S,)
+        x = self.model.transformer.wte(new) + self.model.transformer.wpe(pos)  # (B, S, C)
+        for i, block in enumerate(self.model.transformer.h):
+            # What Block and CausalSelfAttention do, for the new tokens
+            q, k, v = block.attn.c_attn(block.ln_1(x)).split(C, dim=2)  # (B, S, C) each
+            q = q.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            k = k.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            v = v.view(B, S, nh, C // nh).transpose(1, 2)  # (B, nh, S, hs)
+            if past > 0:
+                old_k, old_v = self.layers[i]
+                k = torch.cat((old_k, k), dim=2)  # (B, nh, T, hs)
+                v = torch.cat((old_v, v), dim=2)  # (B, nh, T, hs)
+            self.layers[i] = (k, v)
+            # A single new token is the last one, and sees all of them.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=(past == 0))  # (B, nh, S, hs)
+            y = y.transpose(1, 2).reshape(B, S, C)
+            x = x + block.attn.c_proj(y)
+            x = x + block.mlp(block.ln_2(x))
+        self.length = past + S
+        return self.model.transformer.ln_f(x[:, -1])
+
+
+def print_plan(cfg, model, loader, device, dtype, checkpoint):
     """Say in plain words what is about to happen, on what, and how to stop it."""
-    start = "a new model" if cfg.init_from == "scratch" else f"the model {cfg.init_from}"
-    source = f"the preset {preset_of(asdict(cfg))}"
     first_step = 0
+    source = f"the preset {preset_of(cfg)}"
     if checkpoint is not None:
-        start = "the checkpoint's model"
-        source = "the checkpoint"
         first_step = checkpoint["step"]
+        source = "the checkpoint"
     parameters = sum(p.numel() for p in model.parameters())
+    tokens_there = sum(len(array) for array in loader.arrays)
     updates = cfg.max_steps - first_step
     tokens = updates * cfg.total_batch_size
-    epochs = tokens / loader.epoch_tokens
-    flops = tokens * flops_per_token(model, cfg.seq_len)
-    compiled = "compiled, so the first update takes a minute" if cfg.compile else "not compiled"
-    print0(f"Train {start} of {parameters:,} parameters on {len(loader.tokens):,} tokens of "
-           f"{cfg.data}.")
+    epochs = tokens / (loader.rows_per_epoch * loader.T)
+    flops = tokens * flops_per_token(model, loader.T)
+    micro_batches = cfg.total_batch_size // (loader.B * loader.T * loader.world)
+    print0(f"Train {parameters:,} parameters on {tokens_there:,} tokens of {cfg.data}.")
     print0(f"Settings that you don't give are those of {source}.")
-    print0(f"Device: {device.type}, {world} process(es), {cfg.dtype}, {compiled}.")
+    print0(f"Device: {device.type}, {loader.world} process(es), {dtype}.")
+    print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens x "
+           f"{loader.world} process(es).")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs = "
            f"{flops:.2e} FLOPs. The third update's line says how long it takes.")
-    print0(f"One update: {grad_accum_steps} micro-batches of {cfg.batch_size} x {cfg.seq_len} "
-           f"tokens x {world} process(es).")
-    print0("Ctrl-C saves and stops; the same command with --resume goes on. "
-           f"Log and checkpoints: {cfg.log_dir}/")
+    print0("Ctrl-C finishes what is under way and an update, saves, and stops. The same command "
+           "with --resume goes on.")
+    print0(f"Log and checkpoints: {cfg.log_dir}/")
     if checkpoint is not None:
         print0(f"Going on after {first_step} of {cfg.max_steps} updates.")
 
 
-class RunLog:
-    """Print what happens in a run, and write log.txt: lines of STEP KIND VALUE."""
+def validation_line(step, loss, token_bytes):
+    """Return what to print of a validation loss, in nats per token."""
+    line = f"step {step:5d} | val loss: {loss:.6f}"
+    if token_bytes > 0:  # there is a text
+        line += f" | bits per byte: {loss / math.log(2) / token_bytes:.4f}"
+    return line
 
-    def __init__(self, cfg, model, val_tokens, device, rank, world):
-        self.cfg = cfg
-        self.bytes_per_token = mean_token_bytes(val_tokens[1:])
-        self.flops_per_update = flops_per_token(model, cfg.seq_len) * cfg.total_batch_size
-        self.peak_flops = peak_flops(device, world, cfg.dtype)
+
+class Speed:
+    """Know how fast a run is: its share of what the GPUs could do, and the time that is left."""
+
+    def __init__(self, cfg, model, T, device, dtype, world):
+        self.max_steps = cfg.max_steps
+        self.tokens = cfg.total_batch_size  # in an update
+        self.flops_per_update = flops_per_token(model, T) * cfg.total_batch_size
+        self.peak_flops = peak_flops(device, dtype, world)
         self.updates = 0
         self.started = None  # when the first update was done
-        path = os.path.join(cfg.log_dir, "log.txt") if rank == 0 else os.devnull
-        self.file = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
 
-    def write(self, step, kind, value):
-        """Add a line to log.txt."""
-        with or_fail(f"--log_dir {self.cfg.log_dir}"):
-            self.file.write(f"{step} {kind} {value:.6f}\n")
-
-    def validation(self, step, loss):
-        """Print the validation loss after `step` updates, in nats per token."""
-        bits = loss / math.log(2) / self.bytes_per_token
-        print0(f"step {step:5d} | val loss: {loss:.6f} | bits per byte: {bits:.4f}")
-        self.write(step, "val", loss)
-
-    def hellaswag(self, step, right, n):
-        """Print how many of n answers are right, by the lowest mean loss per token.
-
-        right: what hellaswag.count_right() returns.
-        """
-        _, by_token, _ = right
-        print0(f"step {step:5d} | HellaSwag: {by_token} of {n} right = {by_token / n:.4f}")
-        self.write(step, "hella", by_token / n)
-
-    def update(self, step, loss, lr, norm, dt, skipped):
-        """Print how update `step` went; it took dt seconds."""
-        line = (
-            f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-            f"dt: {dt * 1000:.2f}ms | tok/sec: {self.cfg.total_batch_size / dt:.2f}"
-        )
+    def describe(self, step, dt):
+        """Return what to add to the line of update `step`, which took dt seconds."""
+        text = f" | dt: {dt * 1000:.2f}ms | tok/sec: {self.tokens / dt:.2f}"
         if self.peak_flops is not None:
-            # model FLOPs utilisation: the share of what the GPUs could do at best
-            line += f" | mfu: {self.flops_per_update / dt / self.peak_flops:.1%}"
+            # model FLOPs utilisation
+            text += f" | mfu: {self.flops_per_update / dt / self.peak_flops:.1%}"
         self.updates += 1
         if self.updates == 1:
             self.started = time.monotonic()  # the first update is slow: don't count it
-        elif self.updates == 3 or self.updates % 20 == 0:
+        elif self.updates == 3 or self.updates % 20 == 0:  # soon, and then now and again
             seconds = (time.monotonic() - self.started) / (self.updates - 1)  # evaluations too
-            minutes = seconds * (self.cfg.max_steps - step - 1) / 60
-            line += f" | left: {minutes:.1f} min"
-        if skipped > 0:
-            line += f" | skipped, {skipped} in a row"
-        print0(line)
-        self.write(step, "train", loss)
+            text += f" | left: {seconds * (self.max_steps - step - 1) / 60:.1f} min"
+        return text
+
+
+class Log:
+    """log.txt: a line of STEP KIND VALUE for each number. The first process alone writes it."""
+
+    def __init__(self, log_dir):
+        self.path = os.path.join(log_dir, "log.txt")
+        self.can_write = int(os.environ.get("RANK", 0)) == 0
+
+    def write(self, step, kind, value):
+        """Add a line. When that fails there is a warning, and no further try."""
+        if not self.can_write:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as f:
+                f.write(f"{step} {kind} {value:.6f}\n")
+        except OSError as error:
+            print0(f"warning: {self.path} can't be written ({one_line(error)}); the run goes on "
+                   "without it", file=sys.stderr)
+            self.can_write = False
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints and log
-
-KEPT_FOR_GOOD = 5000  # the checkpoint of each 5000th update is never removed
+# Checkpoints
 
 
-class CheckpointSaver:
-    """Save the run every so many updates and minutes, and remove old checkpoints.
+def save_checkpoint(path, step, cfg, model, optimizer, scaler, data_id):
+    """Write all that a run needs to go on after `step` updates: tensors and plain values.
 
-    A disk that fails now and then doesn't end the run: the next round tries again.
+    Raises OSError or RuntimeError when the disk fails.
     """
-
-    def __init__(self, cfg, settings, model, optimizer, scaler, data_id, checkpoint):
-        self.cfg = cfg
-        self.settings = settings
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.data_id = data_id
-        # The number of updates in the newest checkpoint; what we resumed from counts.
-        self.saved_step = None if checkpoint is None else checkpoint["step"]
-        self.saved_at = time.monotonic()
-        self.failures = 0  # in a row
-
-    def wants(self, step, last_step):
-        """Return whether a checkpoint of this step is due and isn't there yet."""
-        if step == self.saved_step:
-            return False
-        if self.failures > 0:
-            return True
-        limit = self.cfg.checkpoint_minutes
-        minutes = (time.monotonic() - self.saved_at) / 60
-        if limit > 0 and minutes > limit:
-            return True
-        return is_due(self.cfg.checkpoint_interval, step, last_step)
-
-    def save(self, step, tokens_seen, skipped, must_work):
-        """Write log_dir/model_{step}.pt: a dict of tensors and plain values.
-
-        When the disk fails: a warning, and the end of the run at the third time in a row or when
-        must_work is true.
-        """
-        path = checkpoint_path(self.cfg.log_dir, step)
-        checkpoint = dict(
-            model=self.model.state_dict(),
-            model_config=asdict(self.model.config),
-            train_config=self.settings,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            step=step,
-            tokens_seen=tokens_seen,
-            skipped=skipped,
-            data_id=self.data_id,
-            run_id=os.environ.get("TORCHELASTIC_RUN_ID"),  # torchrun's name for this launch
-        )
-        try:
-            with open(os.path.join(self.cfg.log_dir, "log.txt"), encoding="utf-8") as f:
-                # A run that goes on repeats this step's evaluations, and logs them then.
-                lines = [line for line in f if not line.startswith(f"{step} ")]
-            checkpoint["log"] = "".join(lines)
-            with fineweb.atomic_write(path) as f:
-                torch.save(checkpoint, f)
-        except (OSError, RuntimeError) as error:
-            # PyTorch's writer turns the disk's error into a RuntimeError of its own.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            self.failures += 1
-            message = f"{path} can't be saved: {cause.strerror}"
-            if must_work or self.failures == 3:
-                fail(f"--log_dir {self.cfg.log_dir}: {message}")
-            print0(f"warning: {message}; trying again after the next update", file=sys.stderr)
-            return
-        self.failures = 0
-        self.saved_step = step
-        self.saved_at = time.monotonic()
-        print0(f"step {step:5d} | saved {path}")
-        self.remove_old(step)
-
-    def remove_old(self, step):
-        """Remove old checkpoints. The newest keep_checkpoints stay, and each 5000th update's."""
-        saved = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
-        for number in saved[self.cfg.keep_checkpoints :]:
-            if number == 0 or number % KEPT_FOR_GOOD != 0:
-                with contextlib.suppress(OSError):  # an old file too many is no reason to end
-                    os.remove(checkpoint_path(self.cfg.log_dir, number))
+    checkpoint = dict(
+        model=model.state_dict(),
+        model_config=asdict(model.config),
+        train_config=asdict(cfg),
+        optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
+        step=step,
+        data_id=data_id,
+    )
+    # Always the same unfinished file: what a kill leaves of it is written over.
+    unfinished = os.path.join(os.path.dirname(path), "model.pt.tmp")
+    with fineweb.atomic_write(path, unfinished) as f:
+        torch.save(checkpoint, f)
 
 
-def checkpoint_path(folder, step):
-    """Return the path of the checkpoint after `step` updates."""
-    return os.path.join(folder, f"model_{step:05d}.pt")
-
-
-def find_checkpoints(folder):
-    """Return how many updates each checkpoint in folder has behind it, the newest first."""
-    if not os.path.isdir(folder):
-        return []
-    matches = [re.fullmatch(r"model_(\d{5,})\.pt", name) for name in os.listdir(folder)]
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
+def restore(checkpoint, cfg, data_id, optimizer, scaler):
+    """Put a checkpoint's state into the optimizer and the scaler. Raises UserError."""
+    if checkpoint["step"] > cfg.max_steps:
+        raise UserError(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done "
+                        "already")
+    if checkpoint["data_id"] != data_id:
+        raise UserError(f"--data {cfg.data}: the run in {cfg.log_dir} was begun with other data; "
+                        "give those, or leave out --resume to begin anew")
+    # AdamW's averages are the checkpoint's. The rate and the decay are this run's.
+    state = optimizer.state_dict()
+    state["state"] = checkpoint["optimizer"]["state"]
+    optimizer.load_state_dict(state)
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def load_checkpoint(path):
     """Return the checkpoint at path, a dict, with its tensors on the CPU.
 
-    Raises OSError when it can't be read, ValueError when it is damaged or not ours.
+    Raises UserError when it can't be read, is damaged, or is not ours.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch's format
             # Compare checksums. torch.load would take a flipped bit for a weight.
             if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")  # caught below
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
     except pickle.UnpicklingError:  # it holds more than tensors and plain values
         checkpoint = None
     except Exception as error:  # any: wrong bytes can break these lines in any way
-        raise ValueError(f"{path} is damaged, or is no checkpoint") from error
-    needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step",
-              "tokens_seen", "skipped", "data_id", "run_id", "log"}
+        raise UserError(f"{path} is damaged, or is no checkpoint") from error
+    needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step", "data_id"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise ValueError(f"{path} was saved by another program, or by another version of this one")
+        raise UserError(f"{path} was saved by another program, or by another version of this one")
     return checkpoint
 
 
@@ -1076,157 +999,108 @@ def model_of(checkpoint):
     return model
 
 
+def checkpoint_path(folder, step):
+    """Return the path of the checkpoint after `step` updates."""
+    return os.path.join(folder, f"model_{step:05d}.pt")
+
+
+def find_checkpoints(folder):
+    """Return the steps of the checkpoints in folder, the newest first."""
+    if not os.path.isdir(folder):
+        return []
+    matches = [re.fullmatch(r"model_(\d{5,})\.pt", name) for name in os.listdir(folder)]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
 def newest_checkpoint(folder):
-    """Return the newest whole checkpoint in folder, or None. Warn of each that is passed over."""
-    for number in find_checkpoints(folder):
+    """Return the newest checkpoint in folder that is whole, or None where there is none at all.
+
+    Warns of each that is passed over. Raises UserError when none of them can be loaded.
+    """
+    steps = find_checkpoints(folder)
+    for step in steps:
         try:
-            return load_checkpoint(checkpoint_path(folder, number))
-        except (OSError, ValueError) as error:
+            return load_checkpoint(checkpoint_path(folder, step))
+        except UserError as error:
             print0(f"warning: passed over a checkpoint: {error}", file=sys.stderr)
+    if steps:
+        raise UserError(f"{folder}: none of its checkpoints can be loaded")
     return None
 
 
-def checkpoint_to_continue(log_dir, resume):
-    """Return the checkpoint from which the run goes on, or None for a fresh start."""
-    if resume:
-        checkpoint = newest_checkpoint(log_dir)
-        if checkpoint is None:
-            fail(f"--resume: {log_dir} holds no checkpoint that can be loaded; without --resume a "
-                 "new run begins")
-        return checkpoint
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        return None
-    # torchrun has started us again: go on with what this launch saved, and with nothing older
-    checkpoint = newest_checkpoint(log_dir)
-    if checkpoint is None or checkpoint["run_id"] != os.environ["TORCHELASTIC_RUN_ID"]:
-        return None
-    return checkpoint
+KEPT_FOR_GOOD = 5000  # the checkpoint of each 5000th update is never removed
 
 
-def load_model(name):
-    """Return the GPT that name means: gpt2, ..., a checkpoint (.pt), or a folder.
+class CheckpointSaver:
+    """Know when a checkpoint is due, save it, and remove old ones."""
 
-    A folder is a run's, whose newest checkpoint counts, or one in Hugging Face's format.
-    Raises OSError and ValueError.
-    """
-    if name.endswith(".pt"):
-        model = model_of(load_checkpoint(name))
-    elif find_checkpoints(name):
-        checkpoint = newest_checkpoint(name)
-        if checkpoint is None:
-            raise ValueError(f"{name} holds no checkpoint that can be loaded")
-        model = model_of(checkpoint)
-    else:
-        model = GPT.from_pretrained(name)
-    if model.config.vocab_size < 50257:
-        raise ValueError(f"its vocabulary of {model.config.vocab_size} is not GPT-2's, of 50257")
-    return model
+    def __init__(self, cfg, model, optimizer, scaler, data_id, checkpoint):
+        self.cfg = cfg
+        self.state = (cfg, model, optimizer, scaler, data_id)
+        # The step of the newest checkpoint; what we resumed from counts.
+        self.saved_step = None if checkpoint is None else checkpoint["step"]
+        self.tried_at = time.monotonic()
 
+    def is_due(self, step, last_step):
+        """Return whether it is time: at the start and the end, by updates, and by minutes."""
+        interval = self.cfg.checkpoint_interval
+        minutes = self.cfg.checkpoint_minutes
+        if step == self.saved_step:
+            return False
+        if interval == 0 and minutes == 0:  # none but at a stop
+            return False
+        if step == 0 or last_step:
+            return True
+        if minutes > 0 and time.monotonic() - self.tried_at > 60 * minutes:
+            return True
+        return is_due(interval, step, last_step)
 
-def load_from_hugging_face(name):
-    """Return transformers' GPT2LMHeadModel of that name or folder. Raises as from_pretrained."""
-    # These are slow to import and needed only here.
-    import huggingface_hub.utils.logging
-    import transformers
-    from safetensors import SafetensorError
+    def save(self, step, must_work):
+        """Save log_dir/model_{step}.pt, and remove old ones.
 
-    # Silence their warnings. What matters is checked below.
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        source, report = transformers.GPT2LMHeadModel.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except SafetensorError as error:
-        raise OSError(f"its model.safetensors is damaged ({error})") from error
-
-    expected = dict(
-        model_type="gpt2",
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
-    )
-    for key, value in expected.items():
-        found = getattr(source.config, key)
-        if found != value:
-            raise ValueError(f"its {key} is {found}, and GPT-2's is {value}")
-    # transformers fills what is missing with random numbers.
-    for fault in ("missing_keys", "mismatched_keys"):
-        if report[fault]:
-            example = sorted(report[fault])[0]
-            raise ValueError(f"it has {fault}, such as {example}")
-    return source
-
-
-def restore(checkpoint, cfg, data_id, optimizer, scaler):
-    """Put a checkpoint's state into the optimizer and the scaler.
-
-    Returns (updates done, tokens seen, updates skipped in a row just before): three zeros for a
-    run that begins, whose checkpoint is None.
-    """
-    if checkpoint is None:
-        return 0, 0, 0
-    if checkpoint["step"] > cfg.max_steps:
-        fail(f"--max_steps {cfg.max_steps}: {checkpoint['step']} updates are done already")
-    if checkpoint["data_id"] != data_id:
-        fail(f"--data {cfg.data}: the run in {cfg.log_dir} was begun with other data; give those, "
-             "or leave out --resume to begin anew")
-    state = optimizer.state_dict()
-    # AdamW's averages are the checkpoint's. The rate and the decay are cfg's, which may be new.
-    state["state"] = checkpoint["optimizer"]["state"]
-    optimizer.load_state_dict(state)
-    if scaler.is_enabled() and checkpoint["scaler"]:
-        scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["tokens_seen"], checkpoint["skipped"]
-
-
-def open_folder(cfg, model, checkpoint, rank, world):
-    """Lock log_dir and make it ready for this run. Return the lock. Even kill -9 sets it free.
-
-    A new run moves an earlier run's files into a numbered folder. A resumed run cuts the log back
-    to its checkpoint. Only process 0 does anything.
-    """
-    log_dir = cfg.log_dir
-    lock = FileLock(os.path.join(log_dir, ".lock"))
-    if rank == 0:
-        with or_fail(f"--log_dir {log_dir}"):
-            os.makedirs(log_dir, exist_ok=True)
+        A disk that fails is a warning. What must work is tried three times, and then raises
+        UserError.
+        """
+        path = checkpoint_path(self.cfg.log_dir, step)
+        self.tried_at = time.monotonic()
+        for _ in range(3 if must_work else 1):
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                fail(f"--log_dir {log_dir}: another run is at work there; give another --log_dir")
-            for name in os.listdir(log_dir):
-                if re.fullmatch(r"(model_\d+\.pt|log\.txt)\.tmp", name):  # what a kill left
-                    os.remove(os.path.join(log_dir, name))
-            check_disk(log_dir, model)
-            if checkpoint is None:
-                put_earlier_run_aside(log_dir)
-            log = "" if checkpoint is None else checkpoint["log"]
-            with fineweb.atomic_write(os.path.join(log_dir, "log.txt")) as f:
-                f.write(log.encode())
-    if world > 1:
-        dist.barrier()
-    return lock
+                save_checkpoint(path, step, *self.state)
+            except (OSError, RuntimeError) as error:
+                # PyTorch's writer makes a RuntimeError of the disk's error, which is its context.
+                problem = f"{path} can't be saved: {one_line(error.__context__ or error)}"
+                print0(f"warning: {problem}", file=sys.stderr)
+                continue
+            self.saved_step = step
+            print0(f"step {step:5d} | saved {path}")
+            self.remove_old(step)
+            return
+        if must_work:
+            raise UserError(f"--log_dir {self.cfg.log_dir}: {problem}")
+
+    def remove_old(self, step):
+        """Remove old checkpoints. The newest keep_checkpoints stay, and each 5000th update's."""
+        # Later ones are damaged, and were passed over.
+        saved = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
+        for number in saved[self.cfg.keep_checkpoints :]:
+            if number == 0 or number % KEPT_FOR_GOOD != 0:
+                with contextlib.suppress(OSError):  # an old file too many is no reason to end
+                    os.remove(checkpoint_path(self.cfg.log_dir, number))
 
 
-def check_disk(log_dir, model):
-    """End the program when the disk can't hold one checkpoint."""
-    parameters = sum(p.numel() for p in model.parameters())
-    needed = 12 * parameters  # bytes: the weights and AdamW's two averages
-    free = shutil.disk_usage(log_dir).free
-    if free < needed:
-        fail(f"--log_dir {log_dir}: its disk has {free / 1e9:.2f} GB free, and a checkpoint takes "
-             f"{needed / 1e9:.2f} GB")
+def take_over_folder(log_dir, checkpoint):
+    """Put an earlier run's files aside, or cut its log to the checkpoint. Raises UserError."""
+    with blame(f"--log_dir {log_dir}"):
+        if checkpoint is None:
+            put_earlier_run_aside(log_dir)
+        else:
+            cut_log(os.path.join(log_dir, "log.txt"), checkpoint["step"])
 
 
 def put_earlier_run_aside(log_dir):
     """Move an earlier run's log.txt and model_*.pt into a numbered folder within log_dir."""
-    names = ["log.txt"] if os.path.exists(os.path.join(log_dir, "log.txt")) else []
-    for number in find_checkpoints(log_dir):
-        names.append(os.path.basename(checkpoint_path(log_dir, number)))
+    names = [name for name in os.listdir(log_dir)
+             if re.fullmatch(r"log\.txt|model_\d{5,}\.pt", name)]
     if not names:
         return
     number = 1
@@ -1237,6 +1111,71 @@ def put_earlier_run_aside(log_dir):
     for name in names:
         os.rename(os.path.join(log_dir, name), os.path.join(folder, name))
     print0(f"an earlier run was in {log_dir}; its log and checkpoints are in {folder} now")
+
+
+def cut_log(path, step):
+    """Remove from log.txt what a run that goes on after `step` updates will write again."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as f:
+        lines = f.readlines()
+    with fineweb.atomic_write(path) as f:
+        for line in lines:
+            match = re.fullmatch(rb"(\d+) \w+ \S+\n", line)
+            if match and int(match[1]) < step:
+                f.write(line)
+
+
+def load_model(name, flag):
+    """Return the GPT that name means: gpt2, ..., a checkpoint (.pt), or a folder.
+
+    A folder is a run's, whose newest checkpoint counts, or one in Hugging Face's format.
+    flag: the flag that name was given to. Raises UserError.
+    """
+    if name.endswith(".pt"):
+        return model_of(load_checkpoint(name))
+    if find_checkpoints(name):
+        return model_of(newest_checkpoint(name))
+    if name not in OPENAI_SIZES and not os.path.isdir(name):
+        raise UserError(f"{flag} {name} is neither a folder nor one of {', '.join(OPENAI_SIZES)}")
+    # What isn't GPT-2's can break transformers in any way.
+    with blame(f"{flag} {name}", Exception):
+        return GPT.from_pretrained(name)
+
+
+def check_is_gpt2(config, report, name):
+    """Raise ValueError when what transformers loaded isn't a whole GPT-2 with GPT-2's tokens.
+
+    config: its GPT2Config. report: what it says about loading. name: gpt2, ..., or a folder.
+    """
+    expected = dict(
+        model_type="gpt2",
+        vocab_size=50257,
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True,
+    )
+    for key, value in expected.items():
+        found = getattr(config, key)
+        if found != value:
+            raise ValueError(f"its {key} is {found}, and GPT-2's is {value}")
+    if config.n_inner not in (None, 4 * config.n_embd):
+        raise ValueError(f"its n_inner is {config.n_inner}, and GPT-2's is 4 x {config.n_embd}")
+
+    # transformers fills what is missing with random numbers.
+    for fault in ("missing_keys", "mismatched_keys"):
+        if report[fault]:
+            raise ValueError(f"it has {fault}, such as {sorted(report[fault])[0]}")
+
+    # A GPT-2 of another language has the same numbers for other words.
+    vocabulary = os.path.join(name, "vocab.json")
+    if os.path.exists(vocabulary):
+        with open(vocabulary, encoding="utf-8") as f:
+            theirs = json.load(f)
+        if theirs != json.loads((fineweb.tokenizer_folder() / "encoder.json").read_bytes()):
+            raise ValueError("its vocab.json isn't GPT-2's")
 
 
 # -----------------------------------------------------------------------------
@@ -1251,43 +1190,67 @@ def print0(*args, file=None, **kwargs):
     """
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    stream = sys.stdout if file is None else file
+    stream = file or sys.stdout
     try:
         print(*args, file=stream, flush=True, **kwargs)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
+    except OSError as error:  # a full disk, say, may take the next line again
+        if error.errno in (errno.EPIPE, errno.EIO):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def fail(message):
-    """End the program because of bad input: one line on standard error, and status 2."""
-    program = os.path.basename(sys.argv[0])
-    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(f"{program}: {rank}{message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(2)  # a usual exit waits for the other processes, and aborts when they are gone
-    sys.exit(2)
+def check_torchrun(resume):
+    """Raise UserError when what torchrun tells its processes makes no sense."""
+    rank = os.environ.get("RANK")
+    world = os.environ.get("WORLD_SIZE")
+    if rank is None and world is None:
+        return
+    numbers = rank is not None and world is not None and rank.isdecimal() and world.isdecimal()
+    if not numbers or int(rank) >= int(world):
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world}, which don't fit "
+                        "each other; torchrun sets both, and without it both have to be unset")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not resume:
+        raise UserError("torchrun has started this run again, and without --resume it would begin "
+                        "anew; give --resume from the first start on")
 
 
-@contextlib.contextmanager
-def or_fail(what):
-    """End the program with a line about `what` when its block raises OSError or ValueError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        fail(f"{what}: {first_line(error)}")
+def meet_others(device, rank, world, timeout_minutes):
+    """Let torchrun's processes meet: NCCL connects GPUs, Gloo connects CPUs. Raises UserError."""
+    print(f"process {rank} waits for all {world} processes", file=sys.stderr, flush=True)
+    with blame(f"--timeout_minutes {timeout_minutes}: not all of {world} processes came",
+               dist.DistError):
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
 
 
-def first_line(error):
-    """Return what an exception says, in one line."""
-    reason = getattr(error, "strerror", None) or str(error) or repr(error)
-    return reason.splitlines()[0]
+def fingerprint(arrays):
+    """Return a short text that identifies the data: by the length and beginning of each array."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{len(array)} ".encode())
+        digest.update(array[:1000].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_agreement(world, **values):
+    """Raise UserError when the processes have different values, such as the checkpoint found."""
+    if world == 1:
+        return
+    found = [None] * world
+    dist.all_gather_object(found, values)
+    for name in values:
+        answers = [other[name] for other in found]
+        if len(set(answers)) > 1:
+            raise UserError(f"the processes have different values of {name}: {answers}; all need "
+                            "the same --data, --log_dir and --batch_size")
 
 
 def pick_device(name=None):
     """Return the torch.device of that name, or the best: a GPU (cuda), Apple's (mps), or the cpu.
 
-    Under torchrun each process has a GPU of its own.
+    Under torchrun each process has a GPU of its own. Raises UserError when there is no such device.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1300,12 +1263,13 @@ def pick_device(name=None):
     if name is None:
         name = usable[0]
     if name not in usable:
-        fail(f"--device {name} can't be used here; there is {', '.join(usable)}")
+        raise UserError(f"--device {name} can't be used here; there is {', '.join(usable)}")
     if name != "cuda":
         return torch.device(name)
     if local_world > torch.cuda.device_count():
-        fail(f"{local_world} processes need a GPU each, and there are {torch.cuda.device_count()}; "
-             "start as many as there are GPUs, or give --device cpu")
+        raise UserError(f"{local_world} processes need a GPU each, and there are "
+                        f"{torch.cuda.device_count()}; start as many as there are GPUs, or give "
+                        "--device cpu")
     return torch.device("cuda", local_rank)
 
 
@@ -1355,63 +1319,80 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the end of the heap
 
 
-def can_compile(device):
-    """Return whether torch.compile works, by a trial. A CPU needs a C++ compiler, a GPU Triton."""
-    if device.type not in ("cuda", "cpu"):
-        return False
+def allow_open_files(count):
+    """Raise this process's limit of open files to count, as far as the system allows it."""
+    if sys.platform == "win32":
+        return
+    import resource  # Windows lacks it
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
+
+
+def compile_model(model, wanted, device, dtype):
+    """Return model, compiled if that is wanted and works, for a step that takes half the time.
+
+    wanted: True, False, or None: where it helps. On a CPU in float32 it doesn't.
+    A CPU needs a C++ compiler for it, a GPU Triton.
+    """
+    if wanted is None:
+        wanted = device.type == "cuda" or (device.type == "cpu" and dtype == "bfloat16")
+    if not wanted:
+        return model
+    if device.type == "cpu":  # so that a compiled run, too, repeats bit for bit
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs time
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
-        print0(f"torch.compile doesn't work here, so the model runs without it: "
-               f"{first_line(error)}")
-        return False
-    return True
-
-
-def compile_model(model, device):
-    """Return model, compiled. On a CPU a run then still repeats bit for bit."""
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs time
+        print0("warning: torch.compile doesn't work here, so a step takes longer, on a GPU about "
+               f"twice as long: {one_line(error)[:200]}", file=sys.stderr)
+        return model
+    print0("The model is compiled, so the first update takes a minute.")
     return torch.compile(model)
 
 
-# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets. We take the first of
-# these names that is a part of the device's name.
+# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets, by the device's name
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
 }
 
 
-def peak_flops(device, world, dtype):
+def peak_flops(device, dtype, world):
     """Return the operations a second that `world` such devices could do, None if not known."""
     if device.type != "cuda" or dtype == "float32":
         return None
-    name = torch.cuda.get_device_name(device)
-    for part, flops in PEAK_FLOPS.items():
-        if re.search(rf"\b{part}\b", name):
-            return flops * world
-    return None
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    return None if peak is None else peak * world
 
 
-def expected_memory(model, B, T, dtype):
-    """Return about how many bytes training takes at its peak, without torch.compile.
+def flops_per_token(model, T):
+    """Return the floating-point operations of training on one token of a sequence of T.
 
-    The numbers were counted on a CPU.
+    6 for each weight of a matrix (2 forward, 4 backward), and 12 * layers * width * T for
+    attention (PaLM's paper, appendix B). The embeddings are looked up, not multiplied.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    matrices -= model.transformer.wpe.weight.numel()  # wte counts: it is lm_head too
+    return 6 * matrices + 12 * model.config.n_layer * model.config.n_embd * T
+
+
+def expected_memory(model, B, T, dtype, world):
+    """Return about how many bytes training takes at its peak, in eager mode.
+
+    The numbers were counted on a CPU. torch.compile needs less.
     """
     config = model.config
     # The weights, their gradients and AdamW's two averages, 4 bytes each
-    parameter_bytes = 16 * sum(p.numel() for p in model.parameters())
+    bytes_per_parameter = 16
+    if world > 1:  # DDP has the gradients a second time
+        bytes_per_parameter += 4
+    parameter_bytes = bytes_per_parameter * sum(p.numel() for p in model.parameters())
     # What a layer keeps for the backward pass, in bytes per token, for each unit of its width
     layer_bytes = 65 if dtype == "float32" else 40
     # The logits, their softmax and its gradient, 4 bytes each
@@ -1419,54 +1400,42 @@ def expected_memory(model, B, T, dtype):
     return parameter_bytes + B * T * token_bytes
 
 
-def fitting_batch_size(cfg, model, device, world):
-    """Return the micro-batch for this machine: cfg's, halved as often as needed.
+def fitting_batch_size(model, T, total_batch_size, dtype, device, world):
+    """Return the micro-batch for this machine: 64, or less on a CPU, halved as often as needed.
 
-    It has to divide a process's rows of an update, and to fit into nine tenths of the memory.
+    It has to divide a process's rows of an update. A CPU is busy enough with 512 tokens; more would
+    only take more memory. On a GPU it has to fit into nine tenths of the memory, by an estimate for
+    eager mode.
     """
-    rows = cfg.total_batch_size // (cfg.seq_len * world)
-    memory = math.inf
+    rows = total_batch_size // (T * world)
+    B = 64
+    if device.type == "cpu":
+        B = min(64, max(1, 512 // T))
+    while rows % B != 0:
+        B //= 2
     if device.type == "cuda":
         memory = 0.9 * torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):  # not on Windows
-        memory = 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    B = cfg.batch_size
-    while B > 1 and (rows % B != 0 or expected_memory(model, B, cfg.seq_len, cfg.dtype) > memory):
-        B //= 2
+        while B > 1 and expected_memory(model, B, T, dtype, world) > memory:
+            B //= 2
     return B
 
 
-def start_processes(device, rank, world, timeout_minutes):
-    """Let torchrun's processes meet: NCCL connects GPUs, Gloo connects CPUs."""
-    store, _, _ = next(dist.rendezvous("env://"))
-    # After a restart, torchrun's store still holds what the dead processes wrote.
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt {restarts}", store),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
-
-
-def check_agreement(world, **values):
-    """End the program when the processes have different values, such as the checkpoint found."""
-    if world == 1:
-        return
-    found = [None] * world
-    dist.all_gather_object(found, values)
-    for name in values:
-        answers = [other[name] for other in found]
-        if len(set(answers)) > 1:
-            fail(f"the processes have different values of {name}: {answers}; all need the same "
-                 "--data, --log_dir and --batch_size")
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Turn an error about memory into a UserError with an advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # A CPU's allocator raises no error of its own kind.
+        kinds = (torch.OutOfMemoryError, MemoryError)
+        if isinstance(error, kinds) or "DefaultCPUAllocator" in str(error):
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise UserError(f"the memory is too small; {advice} ({reason})") from None
+        raise
 
 
 class StopRequest:
-    """Remember that the run was asked to stop: by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP.
+    """Remember that the run was asked to stop, by Ctrl-C or another signal.
 
     A second Ctrl-C, more than a second later, ends the program at once.
     """
@@ -1474,8 +1443,11 @@ class StopRequest:
     def __init__(self):
         self.requested_at = None
         self.old_handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows lacks the last two
+
+    def listen(self):
+        """From now on notice the signals of terminals, of schedulers, and of limits."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+            number = getattr(signal, name, None)  # Windows lacks most of them
             if number is None or signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup, for one, wants SIGHUP to be ignored
             self.old_handlers[number] = signal.signal(number, self.handle)
@@ -1488,7 +1460,7 @@ class StopRequest:
             if int(os.environ.get("RANK", 0)) == 0:
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     # not print(), which may be the very thing that the signal interrupted
-                    os.write(2, b"asked to stop: finishing this step and saving it first\n")
+                    os.write(2, b"asked to stop: after the next update, which is saved\n")
         elif number == signal.SIGINT and now - self.requested_at > 1:  # torchrun sends it twice
             os._exit(130)
 
@@ -1496,243 +1468,187 @@ class StopRequest:
         """Return whether the run was asked to stop."""
         return self.requested_at is not None
 
-    def restore_handlers(self):
+    def close(self):
         """Let signals do again what they did before."""
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------
-# Settings
+# Settings, chosen and checked
+
+# What a run that goes on can't change: its model, and the order of its data
+FIXED = ("model", "init_from", "seq_len", "total_batch_size", "seed", "shuffle")
 
 
-# The machine decides these four, unless they are given. What it decides is in no checkpoint, since
-# the run may continue on another machine.
-FROM_THE_MACHINE = ("batch_size", "device", "dtype", "compile")
-
-LAPTOP = dict(  # three epochs of input.txt; one is 283 updates
-    batch_size=16, seq_len=64, total_batch_size=1024, max_steps=849, warmup_steps=300, max_lr=6e-3,
-    weight_decay=0.8, eval_interval=283, val_tokens=2**17, hellaswag_interval=0,
-    sample_interval=283, checkpoint_interval=283,
-)
-FINE_TUNE = dict(
-    batch_size=8, total_batch_size=2**13, max_steps=100, warmup_steps=10, max_lr=3e-5,
-    eval_interval=25, val_tokens=2**17, hellaswag_interval=0, sample_interval=25,
-    checkpoint_interval=50,
-)
-# How the settings of each preset differ from TrainConfig's defaults. The GPTs have the learning
-# rates and batch sizes of GPT-3's paper, table 2.1, for their size.
-PRESETS = {
-    "laptop": LAPTOP,
-    "fine-tune": FINE_TUNE,  # for --init_from
-    "gpt2": dict(),
-    "gpt2-medium": dict(max_lr=3e-4),
-    "gpt2-large": dict(max_lr=2.5e-4),
-    "gpt2-xl": dict(max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358),
-    "gpt3-small": dict(seq_len=2048),
-    "gpt3-medium": dict(seq_len=2048, max_lr=3e-4),
-    "gpt3-large": dict(seq_len=2048, max_lr=2.5e-4),
-    "gpt3-xl": dict(
-        seq_len=2048, max_lr=2e-4, total_batch_size=2**20, max_steps=9537, warmup_steps=358
-    ),
-}
-
-
-def preset_of(settings):
-    """Return the name of the preset that fits settings, {name: value}."""
-    if settings.get("init_from", "scratch") != "scratch":
-        return "fine-tune"
-    return settings["model"]
-
-
-def choose_settings(given, checkpoint):
-    """Return the settings of a run, {name: value}, without those that the machine will decide.
-
-    What is given wins. The others are the checkpoint's, or else a preset's.
-    """
-    if checkpoint is not None:
-        return continued_settings(given, checkpoint)
-    if "model" in given and given.get("init_from", "scratch") != "scratch":
-        fail(f"--model {given['model']} and --init_from {given['init_from']} contradict each "
-             "other: --model is for a new model; leave one of them out")
-    data = given.get("data")
-    if data is None:
-        data = "input.txt"
-        if os.path.exists(os.path.join(fineweb.SHARDS, fineweb.shard_name(1))):
-            data = fineweb.SHARDS
-    # With a GPU and shards: GPT-2 (124M). Otherwise the laptop's model.
-    has_gpu = pick_device(given.get("device")).type == "cuda"
-    model = "gpt2" if has_gpu and os.path.isdir(data) else "laptop"
-    chosen = dict(model=model, data=data) | given
-    if chosen["model"] not in MODEL_SIZES:
-        fail(f"--model {chosen['model']} is none of {', '.join(MODEL_SIZES)}")
-    defaults = asdict(TrainConfig()) | PRESETS[preset_of(chosen)]
-    for name in FROM_THE_MACHINE:
-        del defaults[name]
-    return defaults | chosen
-
-
-def continued_settings(given, checkpoint):
-    """Return the settings of a run that goes on: the checkpoint's, and what is given now."""
-    settings = dict(checkpoint["train_config"])
-    known = {f.name for f in fields(TrainConfig)}
-    for name in sorted(settings.keys() - known):
-        print0(f"warning: the checkpoint's setting {name} isn't known here and is ignored",
-               file=sys.stderr)
-        del settings[name]
-    for name in ("model", "init_from"):
-        if given.get(name, settings[name]) != settings[name]:
-            fail(f"--{name} {given[name]}: the run was begun with {settings[name]}; leave it out")
-    # The folder may have been renamed. We take the name under which we found the checkpoint.
-    log_dir = given.get("log_dir", TrainConfig.log_dir)
-    return settings | given | dict(log_dir=log_dir)
-
-
-def make_config(settings, device):
-    """Return the TrainConfig of settings on device. Its batch_size may still be too large."""
-    cfg = TrainConfig(**PRESETS[preset_of(settings)] | settings)
-    cfg.device = device.type
-    if "dtype" not in settings:
-        cfg.dtype = best_dtype(device)
-    if "compile" not in settings:
-        # On a CPU in float32 the compiled step is slower than the plain one.
-        cfg.compile = device.type == "cuda" or cfg.dtype == "bfloat16"
-    return cfg
-
-
-def check_config(cfg):
-    """End the program when a setting can't work."""
-    may_be_0 = {
-        "warmup_steps", "weight_decay", "seed", "eval_interval", "hellaswag_interval",
-        "sample_interval", "checkpoint_interval", "checkpoint_minutes",
-    }
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.type not in (int, float):
+def check_settings(given):
+    """Raise UserError when a setting of given, {name: value}, can't work."""
+    known = {f.name: f for f in (*fields(TrainConfig), *fields(SampleConfig))}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"there is no setting {name}")
+        rule = known[name].metadata
+        if rule["choices"] is not None and value not in rule["choices"]:
+            raise UserError(f"--{name} {value} is none of {', '.join(rule['choices'])} "
+                            f"({rule['meaning']})")
+        if known[name].type not in (int, float):
             continue
-        if value == 0 and f.name in may_be_0:
+        if value == 0 and rule["zero_ok"]:
             continue
         if not 0 < value < 2**63:  # 2**63 is more than PyTorch takes; nan and inf fail too
-            least = "0 or more" if f.name in may_be_0 else "more than 0"
-            fail(f"--{f.name} {value} has to be a number, {least}")
-    if cfg.dtype not in ("bfloat16", "float16", "float32"):
-        fail(f"--dtype {cfg.dtype} is none of bfloat16, float16, float32")
+            least = "0 or more" if rule["zero_ok"] else "more than 0"
+            raise UserError(f"--{name} {value} has to be a number, {least}")
 
 
-def check_batch(cfg, model, world):
-    """End the program when sequences are too long, or micro-batches don't make up an update."""
+def choose_config(given, checkpoint, device):
+    """Return the TrainConfig of a run. What isn't given is the checkpoint's, or else a preset's.
+
+    given: {name: value}. device: where the run will be. Raises UserError when they contradict.
+    """
+    if checkpoint is not None:
+        base = checkpoint["train_config"]
+        if base.keys() != {f.name for f in fields(TrainConfig)}:
+            raise UserError("--resume: the checkpoint is of another version of this program, with "
+                            "other settings; --init_from takes its weights")
+        for name in FIXED:
+            if given.get(name, base[name]) != base[name]:
+                raise UserError(f"--{name} {given[name]}: the run was begun with {base[name]}; "
+                                "leave it out")
+        # These belong to the machine and the place where a run is started.
+        for name in ("log_dir", "device", "timeout_minutes"):
+            base[name] = getattr(TrainConfig, name)
+        return TrainConfig(**(base | given))
+
+    base = dict(data=given.get("data", fineweb.SHARDS))
+    no_shards = "data" not in given and not os.path.isdir(fineweb.SHARDS)
+    if no_shards:
+        base["data"] = "input.txt"
+    if given.get("init_from", "scratch") == "scratch":
+        # With a GPU and shards: GPT-2 (124M). Otherwise the laptop's model.
+        is_large = device.type == "cuda" and os.path.isdir(base["data"])
+        base["model"] = given.get("model", "gpt2" if is_large else "laptop")
+    elif "model" in given:
+        raise UserError(f"--model {given['model']} and --init_from {given['init_from']} contradict "
+                        "each other: --model is for a new model; leave one of them out")
+    settings = base | given
+    preset = preset_of(TrainConfig(**settings))
+    if no_shards:
+        print0(f"no {fineweb.SHARDS} here, so: the preset {preset} on input.txt")
+    return TrainConfig(**(PRESETS[preset] | settings))
+
+
+def preset_of(cfg):
+    """Return the name of the preset for a run with cfg's model."""
+    return cfg.model if cfg.init_from == "scratch" else "fine-tune"
+
+
+def check_batch(model, B, T, total_batch_size, world):
+    """Raise UserError when sequences are too long, or micro-batches don't make up an update."""
     block_size = model.config.block_size
-    if cfg.seq_len > block_size:
-        fail(f"--seq_len {cfg.seq_len} is longer than the model's block_size; "
-             f"give --seq_len {block_size} or less")
-    tokens = cfg.batch_size * cfg.seq_len * world
-    if cfg.total_batch_size % tokens != 0:
-        row = cfg.seq_len * world
-        multiple = math.ceil(cfg.total_batch_size / row) * row
-        fail(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size x "
-             f"--seq_len x processes = {cfg.batch_size} x {cfg.seq_len} x {world} = {tokens}; "
-             f"--batch_size 1 --total_batch_size {multiple} would work")
+    if T > block_size:
+        raise UserError(f"--seq_len {T} is longer than the model's block_size; give --seq_len "
+                        f"{block_size} or less")
+    if total_batch_size % (B * T * world) != 0:
+        row = T * world
+        multiple = math.ceil(total_batch_size / row) * row
+        raise UserError(f"--total_batch_size {total_batch_size} is not a multiple of --batch_size "
+                        f"x --seq_len x processes = {B} x {T} x {world} = {B * T * world}; a new "
+                        f"run works with --batch_size 1 --total_batch_size {multiple}")
 
 
 # -----------------------------------------------------------------------------
 # The command line
 
 
+@dataclass
+class SampleConfig:
+    """The settings of --sample, each of them a flag."""
+
+    num_samples: int = setting(4, "how many texts --sample writes")
+    max_new_tokens: int = setting(256, "tokens in each of them")
+    temperature: float = setting(1.0, "below 1 it prefers likelier tokens; 0 takes the likeliest",
+                                 zero_ok=True)
+    top_k: int = setting(50, "draw each token from this many likeliest ones")
+
+
+def add_flags(group, config):
+    """Add a flag to an argparse group for each field of config, a dataclass."""
+    for f in fields(config):
+        default = "what suits the machine" if f.default is None else f.default
+        text = f"{f.metadata['meaning']} [{default}]"
+        kind = f.type
+        if kind is str:  # a shell leaves the ~ of --data=~/my.txt as it is
+            kind = os.path.expanduser
+        if f.metadata["choices"] is not None:
+            text += f": {', '.join(f.metadata['choices'])}"
+        if f.type is bool:
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(f"--{f.name}", type=kind, metavar="X", help=text)
+
+
 def parse_flags(argv=None):
-    """Return (the settings that are given, a dict; all flags, a Namespace)."""
+    """Return (given, options): {name: value} of the settings that are given, and what to do."""
     rows = []
     for name, row in PRESETS.items():
         differences = ", ".join(f"{key} {value}" for key, value in row.items())
         rows.append(f"  {name:12s} {differences or 'nothing'}")
-    parser = argparse.ArgumentParser(
+    parser = fineweb.Parser(
         description="Train GPT-2. The values in brackets are those of GPT-2 (124M).",
         epilog="What the presets change:\n" + "\n".join(rows),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what isn't given is left out
         allow_abbrev=False,
     )
-    parser.error = fail  # argparse's own error prints the usage first
-    group = parser.add_argument_group("settings of a run")
-    for f in fields(TrainConfig):
-        default = "what suits the machine" if f.name in FROM_THE_MACHINE else f.default
-        help = f"{f.metadata['help']} [{default}]"
-        if f.type is bool:
-            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
-        else:
-            group.add_argument(f"--{f.name}", type=f.type, metavar="X", help=help)
+    add_flags(parser.add_argument_group("settings of a run"), TrainConfig)
     other = parser.add_argument_group("what to do")
     other.add_argument("--resume", action="store_true", default=False,
-                       help="go on from the newest checkpoint in log_dir, with its settings")
+                       help="go on from the newest checkpoint in log_dir, or begin")
     instead = other.add_mutually_exclusive_group()
     instead.add_argument("--export", metavar="FOLDER", default=None,
                          help="write the newest checkpoint, or init_from, in Hugging Face's format")
     instead.add_argument("--sample", metavar="TEXT", default=None,
                          help="continue this text with the newest checkpoint, or init_from")
-    other.add_argument("--num_samples", type=int, default=4, metavar="X",
-                       help="how many texts --sample writes [4]")
-    other.add_argument("--max_new_tokens", type=int, default=256, metavar="X",
-                       help="tokens in each of them [256]")
-    other.add_argument("--temperature", type=float, default=1.0, metavar="X",
-                       help="below 1 likelier tokens are preferred; 0 takes the likeliest [1.0]")
-    other.add_argument("--top_k", type=int, default=50, metavar="X",
-                       help="draw each token from this many likeliest ones [50]")
+    add_flags(other, SampleConfig)
+
     options = parser.parse_args(argv)
-    names = {f.name for f in fields(TrainConfig)}
-    given = {name: value for name, value in vars(options).items() if name in names}
+    flags = vars(options)
+    given = {f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags}
+    options.sampling = {f.name: flags[f.name] for f in fields(SampleConfig) if f.name in flags}
+    check_settings(given | options.sampling)
     return given, options
 
 
 def load_asked_model(given):
     """Return the model that --init_from names, or else that of the newest checkpoint."""
     if "init_from" in given:
-        flag = "--init_from"
-        name = given["init_from"]
-    else:
-        flag = "--log_dir"
-        name = given.get("log_dir", TrainConfig.log_dir)
-        if not find_checkpoints(name):
-            fail(f"--log_dir {name}: it holds no checkpoint; give --init_from to name a model")
-    with or_fail(f"{flag} {name}"):
-        return load_model(name)
+        return load_model(given["init_from"], "--init_from")
+    log_dir = given.get("log_dir", TrainConfig.log_dir)
+    if not find_checkpoints(log_dir):
+        raise UserError(f"--log_dir {log_dir}: it holds no checkpoint; give --init_from to name a "
+                        "model")
+    return load_model(log_dir, "--log_dir")
 
 
-def write_samples(given, options):
-    """Print continuations of --sample's text, the first one as it comes."""
-    for name in ("num_samples", "max_new_tokens", "top_k"):
-        if getattr(options, name) < 1:
-            fail(f"--{name} {getattr(options, name)} has to be more than 0")
-    if not 0 <= options.temperature < math.inf:
-        fail(f"--temperature {options.temperature} has to be a number, 0 or more")
+def write_samples(given, text, sampling):
+    """Print continuations of text. sampling: the settings of SampleConfig that are given."""
     device = pick_device(given.get("device"))
     prepare(device)
     model = load_asked_model(given).to(device)
-    encoding = gpt2_encoding()
-    tokens = encoding.encode(options.sample, allowed_special="all")
-    if not 0 < len(tokens) <= model.config.block_size:
-        fail(f"--sample: the text has {len(tokens)} tokens, and the model can read 1 to "
-             f"{model.config.block_size}")
-
-    print0(options.sample, end="")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may be several tokens
-    rows = []
-    for new in generate(model, tokens, options.num_samples, options.max_new_tokens, options.top_k,
-                        options.temperature, given.get("seed", TrainConfig.seed)):
-        rows.append(new)
-        print0(decoder.decode(encoding.decode_single_token_bytes(int(new[0]))), end="")
-    print0(decoder.decode(b"", final=True), end="")
-    drawn = torch.cat(rows, dim=1).tolist()  # num_samples lists of ids
-    for row in drawn[1:]:
-        print0(f"\n---\n{options.sample}{encoding.decode(row)}", end="")
-    print0()
+    settings = asdict(SampleConfig(**sampling))
+    seed = given.get("seed", TrainConfig.seed)
+    texts = sample(model, text, seed=seed, show_bar=True, **settings)
+    print("\n---\n".join(texts))
 
 
 def export(given, folder):
     """Write the model into folder in Hugging Face's format, with GPT-2's tokenizer.
 
-    The vocabulary has 50257 tokens again, without our padding.
+    The vocabulary has 50257 tokens again, without our padding. Raises UserError.
     """
     model = load_asked_model(given)
     import transformers  # slow to import, and needed only here
+    from safetensors import SafetensorError  # what the disk's errors become
 
     transformers.logging.disable_progress_bar()
     c = model.config
@@ -1749,7 +1665,7 @@ def export(given, folder):
         weights[name] = weight.contiguous()
     theirs = transformers.GPT2LMHeadModel(config)
     theirs.load_state_dict(weights)
-    with or_fail(f"--export {folder}"):
+    with blame(f"--export {folder}", (OSError, SafetensorError)):
         os.makedirs(folder, exist_ok=True)
         theirs.save_pretrained(folder)
         files = fineweb.tokenizer_folder()
@@ -1757,22 +1673,21 @@ def export(given, folder):
         shutil.copy(files / "vocab.bpe", os.path.join(folder, "merges.txt"))
         with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
             f.write('{"tokenizer_class": "GPT2Tokenizer", "model_max_length": %d}' % c.block_size)
-    print0(f"saved {folder}: transformers.pipeline('text-generation', {folder!r}) loads it")
+    print(f"saved {folder}: transformers.pipeline('text-generation', {folder!r}) loads it")
+
+
+def command():
+    """Do what the command line says."""
+    given, options = parse_flags()
+    if options.sample is not None:
+        with enough_memory("lower --num_samples"):
+            write_samples(given, options.sample, options.sampling)
+    elif options.export is not None:
+        export(given, os.path.expanduser(options.export))
+    else:
+        with enough_memory("lower --batch_size"):
+            launch(given, options.resume)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # print ? for letters that can't be shown
-    given, options = parse_flags()
-    try:
-        if options.sample is not None:
-            write_samples(given, options)
-        elif options.export is not None:
-            export(given, options.export)
-        else:
-            main(given, options.resume)
-    except KeyboardInterrupt:  # not in the training loop, which has a StopRequest
-        sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        flag = "--batch_size" if options.sample is None else "--num_samples"
-        fail(f"the GPU's memory is too small; lower {flag} ({str(error).splitlines()[0]})")
+    fineweb.run_program(command)

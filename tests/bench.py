@@ -3,10 +3,10 @@
     python tests/bench.py                        # GPT-2 (124M); a few minutes on two cores
     python tests/bench.py --quick                # a tiny model, once each: does it run at all?
     python tests/bench.py hellaswag other.jsonl  # one row, of your own examples
-    python tests/bench.py step       # step, hellaswag, sample, tokens, start, memory or save
+    python tests/bench.py step       # step, hellaswag, sample, tokens, start, memory, peak or save
 
-A ratio is the median of three, start's of five, save's of nine; memory is looked at once. Below
-the step's stand what each part of it won, and what its time is spent on.
+A ratio is the median of three, start's of five, save's of nine; memory and peak are looked at once.
+Below the step's stand what each part of it won, and what its time is spent on.
 """
 import re
 import statistics
@@ -103,12 +103,12 @@ def step():
     B, T = 4, 32 if QUICK else 256
     if DEVICE.type == "cuda":
         T = 1024
-        B = train_gpt2.fitting_batch_size(train_gpt2.TrainConfig(dtype=DTYPE), model, DEVICE, 1)
+        B = train_gpt2.fitting_batch_size(model, T, 2**19, DTYPE, DEVICE, 1)
     flops = B * T * train_gpt2.flops_per_token(model, T)
     train_model = model
     optimizer = torch.optim.AdamW(model.parameters(), 6e-4)
     tokens = np.random.default_rng(0).integers(50257, size=50 * B * T, dtype=np.uint16)
-    loader = train_gpt2.DataLoaderLite(train_gpt2.Shards([tokens]), B, T, B * T)
+    loader = train_gpt2.DataLoaderLite([tokens], B, T)
     x, y = train_gpt2.fetch_batch(loader, DEVICE)
 
     def update():
@@ -135,9 +135,9 @@ def step():
     train_gpt2.prepare(DEVICE)
     on_this_device = "TF32" if DEVICE.type == "cuda" else "the C library keeps freed memory"
     result = share(on_this_device)
-    if not QUICK and train_gpt2.can_compile(DEVICE):
+    if not QUICK:
         torch._inductor.config.cpp.enable_kernel_profile = True  # so that its kernels have names
-        train_model = torch.compile(model)
+        train_model = train_gpt2.compile_model(model, True, DEVICE, DTYPE)
         result = share("compiled")
 
     with torch.profiler.profile() as profile:
@@ -149,14 +149,14 @@ def step():
 
 
 @torch.no_grad()
-def one_at_a_time(model, encoding, example):
+def one_at_a_time(model, example):
     """Return an example's four mean losses as the lecture first computed them, (4,).
 
     They take four whole rows, and every logit of each.
     """
-    tokens, mask = hellaswag.render(example, encoding)  # (4, T) each
-    tokens = tokens.to(DEVICE)
-    mask = mask.to(DEVICE)
+    rendered = hellaswag.render(example)
+    tokens = rendered.tokens.to(DEVICE)  # (4, T)
+    mask = rendered.mask.to(DEVICE)  # (4, T)
     with train_gpt2.autocast(DEVICE, DTYPE):
         logits, _ = model(tokens)  # (4, T, vocab_size)
     logits = logits[:, :-1].float().flatten(0, 1)
@@ -167,7 +167,6 @@ def one_at_a_time(model, encoding, example):
 def hellaswag_examples():
     """HellaSwag's examples a second, against one example at a time."""
     model = make_model()
-    encoding = fineweb.gpt2_encoding()
     given = [arg for arg in sys.argv if arg.endswith(".jsonl")]
     path = given[0] if given else ROOT / "tests" / "hellaswag.jsonl"
     examples = hellaswag.read_examples(str(path))[: 12 if QUICK else 300]
@@ -177,12 +176,12 @@ def hellaswag_examples():
     fast = []
 
     def slowly():
-        slow[:] = [one_at_a_time(model, encoding, example) for example in few]
+        slow[:] = [one_at_a_time(model, example) for example in few]
 
     def quickly():
-        rendered = hellaswag.render_all(examples, encoding)
+        rendered = [hellaswag.render(example) for example in examples]
         with train_gpt2.autocast(DEVICE, DTYPE):
-            fast[:] = hellaswag.ending_losses(model, rendered)[:, 1]  # a token's mean loss
+            fast[:] = hellaswag.ending_losses(model, rendered)
 
     result = len(examples) / len(few) * ratio(slowly, quickly)
     agree = [a.argmin() == b.argmin() for a, b in zip(slow, fast[::every])]
@@ -261,8 +260,8 @@ def resident():
     with open("/proc/self/status") as f:
         return int(re.search(r"RssAnon:\s+(\d+)", f.read())[1])
 before = resident()
-train, _ = train_gpt2.open_shards(sys.argv[1])
-loader = train_gpt2.DataLoaderLite(train, 64, 1024, 2**16, seed=1)
+arrays, _ = train_gpt2.open_shards(sys.argv[1])
+loader = train_gpt2.DataLoaderLite(arrays, 64, 1024, seed=1)
 for _ in range(50):
     loader.next_batch()
 print(1000 * (resident() - before))
@@ -278,6 +277,26 @@ def memory():
         done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, folder], cwd=ROOT,
                               capture_output=True, text=True, check=True)
     return int(done.stdout) / (2 * size)
+
+
+PEAK_PROBE = r"""
+import re, train_gpt2
+train_gpt2.launch(dict(model="laptop", data="input.txt", device="cpu", dtype="float32",
+                     compile=False, max_steps=4, eval_interval=2, val_tokens=VAL_TOKENS,
+                     log_dir=r"FOLDER"))
+with open("/proc/self/status") as f:
+    print("peak", re.search(r"VmHWM:\s+(\d+)", f.read())[1])
+"""
+
+
+def peak():
+    """The peak memory of a short laptop's run on a CPU, with three evaluations, in gigabytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = PEAK_PROBE.replace("FOLDER", folder)
+        probe = probe.replace("VAL_TOKENS", "1000" if QUICK else "100_000")  # or all there are
+        done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True,
+                              text=True, check=True)
+    return int(re.search(r"^peak (\d+)$", done.stdout, re.M)[1]) * 1024 / 1e9
 
 
 def save():
@@ -306,11 +325,12 @@ def save():
 
 ROWS = dict(
     step=step, hellaswag=hellaswag_examples, sample=sampling, tokens=tokenising, start=start,
-    memory=memory, save=save,
+    memory=memory, peak=peak, save=save,
 )
 
 if __name__ == "__main__":
-    here = [name for name in ROWS if name != "memory" or sys.platform == "linux"]  # it asks /proc
+    needs_proc = ("memory", "peak")
+    here = [name for name in ROWS if name not in needs_proc or sys.platform == "linux"]
     wanted = [name for name in here if name in sys.argv] or here
     table = []
     for name in wanted:

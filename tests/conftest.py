@@ -79,7 +79,7 @@ SHAPE = dict(n_layer=2, n_head=2, n_embd=16)
 SMALL = dict(
     data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6,
     max_lr=1e-2, warmup_steps=1, weight_decay=0.1, dtype="float32", device="cpu", eval_interval=0,
-    sample_interval=0, checkpoint_interval=0,
+    sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0.0,
 )
 
 
@@ -126,30 +126,22 @@ def train(small, capsys):
 
     def train(resume=False, **settings):
         capsys.readouterr()
-        model = train_gpt2.main(settings if resume else SMALL | settings, resume)
+        model = train_gpt2.launch(settings if resume else SMALL | settings, resume)
         out = capsys.readouterr().out
         return model, re.sub(r"dt: [^\n]*", "", out)
     return train
 
 
 @pytest.fixture
-def fails(capsys):
-    """Return a function that calls another one, which has to give up: one line and status 2.
+def fails():
+    """Return a function that calls another one, which has to raise UserError; it returns the line."""
+    import fineweb
 
-    It returns the line, without the program's name.
-    """
     def fails(function, *args, **kwargs):
-        capsys.readouterr()
-        try:
+        with pytest.raises(fineweb.UserError) as error:
             function(*args, **kwargs)
-        except SystemExit as end:
-            status = end.code
-        else:
-            pytest.fail("it did not give up")
-        lines = capsys.readouterr().err.splitlines()
-        assert status == 2 and lines, (status, lines)
-        program, message = lines[-1].split(": ", 1)
-        assert program.endswith(".py") and "Traceback" not in "".join(lines)
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 400
         return message
     return fails
 
@@ -168,12 +160,6 @@ def run(tmp_path):
 def compiler(monkeypatch):
     """Let torch.compile compile, in this process and those that it starts."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
-
-
-@pytest.fixture(autouse=True)
-def program(monkeypatch):
-    """Be train_gpt2.py, whose name stands before an error, where a test doesn't say otherwise."""
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py"])
 
 
 def damaged(data, cuts, flips):

@@ -95,23 +95,20 @@ def train(updates, after_update=None, **settings):
     """
     clean()
     times = []
-    usual = train_gpt2.RunLog.update
+    usual = train_gpt2.Speed.describe
 
-    def update(self, step, loss, lr, norm, dt, skipped):
-        usual(self, step, loss, lr, norm, dt, skipped)
+    def describe(self, step, dt):
         times.append(dt)
         if after_update is not None:
             after_update()
+        return usual(self, step, dt)
 
-    train_gpt2.RunLog.update = update
+    train_gpt2.Speed.describe = describe
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            train_gpt2.main(RECIPE | dict(max_steps=updates, warmup_steps=1) | settings)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_gpt2.launch(RECIPE | dict(max_steps=updates, warmup_steps=1) | settings)
     finally:
-        train_gpt2.RunLog.update = usual
-    for line in out.getvalue().splitlines():
-        if "doesn't work here" in line:
-            print(line)
+        train_gpt2.Speed.describe = usual
     return times
 
 
@@ -146,7 +143,7 @@ def update():
 class PlainAttention(CausalSelfAttention):
     """Attention as the lecture first writes it: the whole T x T matrix of scores."""
 
-    def forward(self, x, cache=None):
+    def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)
@@ -203,8 +200,8 @@ def repeated_examples():
     """Return as many rendered examples as HellaSwag has: those of the given file, repeated."""
     given = [arg for arg in sys.argv if arg.endswith(".jsonl")]
     path = given[0] if given else str(ROOT / "tests" / "hellaswag.jsonl")
-    examples = hellaswag.render_all(hellaswag.read_examples(path), fineweb.gpt2_encoding())
-    number = 12 if QUICK else hellaswag.EXAMPLES
+    examples = [hellaswag.render(example) for example in hellaswag.read_examples(path)]
+    number = 12 if QUICK else 10_042
     return (examples * (1 + number // len(examples)))[:number]
 
 
@@ -263,7 +260,7 @@ def memory():
     dtype = train_gpt2.best_dtype(DEVICE)
     for B in (4, 2) if QUICK else (64, 32, 16, 8):
         train(2, batch_size=B)
-        estimate = train_gpt2.expected_memory(model, B, T, dtype)
+        estimate = train_gpt2.expected_memory(model, B, T, dtype, 1)
         say(estimate / 1e9, "GB", f"B={B}: the program's estimate")
         if DEVICE.type == "cuda":
             peak = say(torch.cuda.max_memory_allocated() / 1e9, "GB", f"B={B}: at its peak")
@@ -326,7 +323,7 @@ def ways(names="base,loss,flash,cudnn,coord,pointwise,lt,mix0,b32,base"):
         try:
             with way(name):
                 times = train(4 if QUICK else 8, **changes)
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             print(f"{name} can't be measured: {error!r}", flush=True)
             continue
         speed = UPDATE / statistics.median(times[3:])
@@ -356,6 +353,6 @@ if __name__ == "__main__":
             t0 = time.monotonic()
             try:
                 ROWS[row](*[argument] if argument else [])
-            except (Exception, SystemExit):  # the other rows can still be measured
+            except Exception:  # the other rows can still be measured
                 traceback.print_exc()
             print(f"{row} took {time.monotonic() - t0:.0f} s", flush=True)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from conftest import EXAMPLES, ROOT, flags, losses, val_losses
 
-import fineweb
 import hellaswag
 import train_gpt2
 from train_gpt2 import GPT, GPTConfig
@@ -34,7 +33,7 @@ PROBE = f"""
 import train_gpt2
 train_gpt2.MODEL_SIZES["laptop"] = {SHAPE}
 given, options = train_gpt2.parse_flags()
-train_gpt2.main(given, options.resume)
+train_gpt2.launch(given, options.resume)
 """
 # One process in a group of its own: what it does under torchrun with eight GPUs, as far as one
 # GPU can show it.
@@ -45,7 +44,7 @@ device = torch.device(os.environ["DEVICE"])
 if device.type == "cuda":
     device = torch.device("cuda", 0)
 train_gpt2.prepare(device)
-train_gpt2.start_processes(device, 0, 1, 1.0)
+train_gpt2.meet_others(device, 0, 1, 1.0)
 found = [None]
 dist.all_gather_object(found, dict(data="text"))
 assert found == [dict(data="text")]
@@ -53,7 +52,7 @@ dist.barrier()
 for compiled in (False, True):
     torch.manual_seed(0)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=2, n_head=4, n_embd=64)).to(device)
-    train_model = train_gpt2.compile_model(model, device) if compiled else model
+    train_model = train_gpt2.compile_model(model, compiled, device, "bfloat16")
     x = torch.randint(50257, (4, 64), device=device)
     y = torch.randint(50257, (4, 64), device=device)
     with train_gpt2.autocast(device, "bfloat16"):
@@ -81,7 +80,7 @@ print("all is well")
 
 
 @pytest.fixture(autouse=True)
-def same_rules(monkeypatch):
+def same_rules(small, monkeypatch):
     """Let float32 products be exact, unless a run asks for TF32, and SHAPE be the laptop's."""
     monkeypatch.setitem(train_gpt2.MODEL_SIZES, "laptop", SHAPE)
     before = torch.get_float32_matmul_precision()
@@ -131,20 +130,21 @@ def test_20_updates_in_each_type_and_compiled(train, compiler):
     in_float32 = run(dtype="float32", compile=False)
     in_bfloat16 = run(dtype="bfloat16", compile=False)
     compiled = run(dtype="bfloat16", compile=True)
-    in_float16 = run(dtype="float16", compile=False)
+    steps = 20 if DEVICE.type == "cuda" else 4  # a CPU needs 14 seconds for each
+    in_float16 = run(dtype="float16", compile=False, max_steps=steps)
     assert len(on_the_cpu) == 20
     assert float(on_the_cpu[-1]) < float(on_the_cpu[0]) - 1
     assert largest_difference(in_float32, on_the_cpu) < 5e-3  # the GPU may use TF32
     assert largest_difference(in_bfloat16, in_float32) < 1e-2
     assert largest_difference(compiled, in_bfloat16) < 1e-2
-    assert largest_difference(in_float16, in_float32) < 1e-2
+    assert largest_difference(in_float16, in_float32[:steps]) < 1e-2
 
 
 def test_a_batch_arrives_whole_while_the_gpu_works(small):
-    text, _ = train_gpt2.load_data("text.txt")
-    loader = train_gpt2.DataLoaderLite(text, 4, 64, 512, seed=1)
+    arrays, _ = train_gpt2.load_data("text.txt")
+    loader = train_gpt2.DataLoaderLite(arrays, 4, 64, seed=1)
     expected = [loader.next_batch() for _ in range(40)]
-    loader.position = 0
+    loader.next_row = 0
     a = torch.randn(2048, 2048, device=DEVICE)
     found = []
     for _ in range(40):
@@ -174,7 +174,7 @@ def test_a_second_run_starts_from_a_checkpoint(train):
     train(**SETTINGS | dict(max_steps=20, checkpoint_interval=20))
     settings = dict(data="text.txt", init_from="log/model_00020.pt", log_dir="log2", max_steps=2,
                     seq_len=64, batch_size=2, total_batch_size=256, device=DEVICE.type)
-    train_gpt2.main(settings)
+    train_gpt2.launch(settings)
     with open("log/log.txt", encoding="utf-8") as f:
         end = float(f.readlines()[-1].split()[2])
     with open("log2/log.txt", encoding="utf-8") as f:
@@ -186,13 +186,11 @@ def test_a_second_run_starts_from_a_checkpoint(train):
 def test_keys_and_values_that_are_kept_change_nothing():
     model = make_model().to(DEVICE)
     idx = torch.randint(50257, (3, 40), device=DEVICE)
-    caches = [train_gpt2.KVCache() for _ in range(SHAPE["n_layer"])]
+    cache = train_gpt2.KVCache(model)
     with torch.no_grad():
-        expected = model.hidden(idx)
-        parts = [model.hidden(idx[:, :10], caches)]
-        for i in range(10, 40):
-            parts.append(model.hidden(idx[:, i : i + 1], caches))
-    assert relative_error(torch.cat(parts, dim=1), expected) < 1e-4
+        expected = model.hidden(idx)[:, 9:]  # (3, 31, 64)
+        found = [cache.newest_vector(idx[:, :T]) for T in range(10, 41)]
+    assert relative_error(torch.stack(found, dim=1), expected) < 1e-4
 
 
 def test_samples_repeat():
@@ -205,10 +203,9 @@ def test_samples_repeat():
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-3), ("bfloat16", 0.1)])
 def test_hellaswag_costs_what_it_costs_the_simple_way(dtype, limit):
     model = make_model().to(DEVICE)
-    encoding = fineweb.gpt2_encoding()
-    examples = hellaswag.render_all(hellaswag.read_examples(EXAMPLES)[:50], encoding)
+    examples = [hellaswag.render(example) for example in hellaswag.read_examples(EXAMPLES)[:50]]
     with train_gpt2.autocast(DEVICE, dtype):
-        found = hellaswag.ending_losses(model, examples)[:, 1]  # (N, 4), a token's mean
+        found = hellaswag.ending_losses(model, examples)  # (N, 4)
     for costs, example in zip(found, examples):
         tokens = example.tokens.to(DEVICE)
         mask = example.mask[:, 1:]

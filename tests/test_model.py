@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from train_gpt2 import (
-    GPT, MLP, MODEL_SIZES, OPENAI_SIZES, Block, CausalSelfAttention, GPTConfig, KVCache
+    GPT, MLP, OPENAI_SIZES, Block, CausalSelfAttention, GPTConfig, KVCache, build_model,
+    choose_config
 )
 
 TINY = GPTConfig(block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)
@@ -52,16 +53,34 @@ def test_names_and_shapes_are_those_of_hugging_face(name, parameters):
         assert sorted(ours[name]) == sorted(theirs[name]), name
 
 
+def new_model(**given):
+    """Return the model of a run with these settings, without numbers."""
+    cfg = choose_config(dict(data="a.txt") | given, None, torch.device("cpu"))
+    with torch.device("meta"):
+        return build_model(cfg, None)
+
+
 @pytest.mark.parametrize("name, n_layer, n_embd", [
     ("gpt3-small", 12, 768), ("gpt3-medium", 24, 1024), ("gpt3-large", 24, 1536),
     ("gpt3-xl", 24, 2048),
 ])
 def test_gpt3s_small_models(name, n_layer, n_embd):
-    config = GPTConfig(**MODEL_SIZES[name])
-    assert config.block_size == 2048
+    model = new_model(model=name)
+    assert model.config.block_size == 2048
     # 12 C^2 weights and 13 C vectors in a layer, two C in the last LayerNorm
     layers = n_layer * (12 * n_embd**2 + 13 * n_embd)
-    assert count(config) == (50257 + 2048) * n_embd + layers + 2 * n_embd
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == (50304 + 2048) * n_embd + layers + 2 * n_embd
+
+
+@pytest.mark.parametrize("given, block_size", [
+    (dict(model="laptop"), 64), (dict(model="laptop", seq_len=100), 100),
+    (dict(model="gpt2"), 1024),
+])
+def test_a_new_model_has_no_position_that_is_never_trained(given, block_size):
+    model = new_model(**given)
+    assert model.config.block_size == model.transformer.wpe.weight.shape[0] == block_size
+    assert model.config.vocab_size == 50304
 
 
 def test_heads_must_divide_the_width():
@@ -143,8 +162,6 @@ def test_a_sequence_longer_than_block_size_is_refused():
     idx = torch.zeros(1, 17, dtype=torch.int64)
     with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
         GPT(TINY)(idx)
-    with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
-        GPT(TINY).hidden(idx, [KVCache(), KVCache()])
 
 
 @pytest.mark.parametrize("first", [1, 5, 16])
@@ -152,26 +169,24 @@ def test_with_a_cache_the_vectors_are_the_same(first):
     torch.manual_seed(0)
     model = GPT(TINY)
     idx = torch.randint(50257, (3, 16))
-    caches = [KVCache(), KVCache()]
-    assert caches[1].length == 0
-    parts = [model.hidden(idx[:, :first], caches)]
-    assert caches[1].length == first
-    for t in range(first, 16):
-        parts.append(model.hidden(idx[:, t : t + 1], caches))
-        assert caches[1].length == t + 1
-    assert torch.allclose(torch.cat(parts, dim=1), model.hidden(idx), atol=1e-5)
-    with pytest.raises(ValueError, match="17 tokens .* block_size, 16"):
-        model.hidden(idx[:, :1], caches)
+    expected = model.hidden(idx)  # (3, 16, 32)
+    cache = KVCache(model)
+    assert cache.length == 0
+    for t in range(first, 17):
+        x = cache.newest_vector(idx[:, :t])  # (3, 32)
+        assert torch.allclose(x, expected[:, t - 1], atol=1e-5)
+        assert cache.length == t
 
 
-def test_two_tokens_after_a_filled_cache_are_refused():
+def test_what_the_cache_holds_is_not_computed_again():
+    torch.manual_seed(0)
     model = GPT(TINY)
-    idx = torch.randint(50257, (1, 5))
-    caches = [KVCache(), KVCache()]
-    model.hidden(idx[:, :3], caches)
-    with pytest.raises(ValueError, match="after 3 .* not 2"):
-        model.hidden(idx[:, 3:], caches)
-    assert caches[1].length == 3
+    idx = torch.randint(50257, (3, 6))
+    expected = model.hidden(idx)[:, -1]
+    cache = KVCache(model)
+    cache.newest_vector(idx[:, :5])
+    idx[:, :5] = 0  # nobody looks at them any more
+    assert torch.allclose(cache.newest_vector(idx), expected, atol=1e-5)
 
 
 def test_the_first_loss_is_that_of_a_guess():

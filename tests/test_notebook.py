@@ -20,8 +20,11 @@ def test_play(monkeypatch):
     for name, value in offline.environment().items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(ROOT / "play.ipynb", as_version=4)
-    for cell in notebook.cells:
-        assert not cell.get("outputs"), "the notebook is kept without outputs"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code[:-3]:  # they need a download, so their outputs would be a stand-in's
+        assert not cell.outputs
+    for cell in code[-3:]:
+        assert cell.outputs
     text, pictures = execute(notebook, ROOT)
     print(text)
     assert pictures == 5
@@ -39,8 +42,6 @@ def test_play(monkeypatch):
 
 
 @pytest.mark.parametrize("log, printed", [
-    ("0 train 10.9\n0 val 10.8\n1 train 9.5\n2 val 9.25\n",
-     "best validation loss 9.2500, after the last update 9.2500"),
     ("0 val 11\n0 hella 0.2400\n0 train 10.9\n1 train 9\n1 val 12\n1 hella 0.31\n",
      "best HellaSwag 0.3100"),
     ("0 train 10.9\n", ""),
