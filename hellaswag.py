@@ -1,11 +1,11 @@
 """HellaSwag: which of four endings fits a text?
 
     python hellaswag.py -m gpt2                 # score OpenAI's model
-    python hellaswag.py -m log                  # or the newest checkpoint of your run
+    python hellaswag.py -m log                  # or a run's newest checkpoint (not the laptop's)
     python hellaswag.py -m log/model_19073.pt   # or a checkpoint that you name
 
 Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?". The validation set has
-10,042 examples. Each is a line of JSON. This is one of them, folded, with the fields that we use:
+10,042 examples. Each is a line of JSON. This is one of them, folded, without four other fields:
 
     {"ind": 143, "activity_label": "Playing guitarra", "split": "val",
      "ctx": "A young man sits on a bed. the man",
@@ -187,7 +187,8 @@ def score(model, tokens, mask):
     x = model.hidden(tokens)[:, :-1]  # (N, T - 1, C)
     targets = tokens[:, 1:]  # (N, T - 1)
     is_ending = mask[:, 1:] == 1  # (N, T - 1)
-    # lm_head is a large part of the work, so it gets only the n vectors that predict an ending.
+    # lm_head is a large part of the work, so it gets only the n vectors that predict a token of an
+    # ending. x[is_ending] puts them in a row.
     logits = model.lm_head(x[is_ending])  # (n, vocab_size)
     token_losses = F.cross_entropy(logits, targets[is_ending], reduction="none")  # (n,)
     losses = torch.zeros(targets.shape, device=tokens.device)  # (N, T - 1)
@@ -232,7 +233,7 @@ def ending_losses(model, examples, show_bar=False):
     device = next(model.parameters()).device
     tokens_at_once = 2**11 if device.type == "cpu" else 2**14  # a GPU needs more to be busy
     losses = torch.empty(len(examples), 4)
-    hide = None if show_bar else True  # None: a bar on a terminal, none in a file
+    hide = None if show_bar else True  # None hides it where standard error is no terminal
     with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=hide) as bar:
         for indices in make_batches(examples, tokens_at_once):
             tokens, mask = stack([examples[i] for i in indices])

@@ -157,13 +157,13 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Fill the matrices with random numbers of standard deviation 0.02. Biases start at 0.
+        """Fill the matrices with random numbers of standard deviation 0.02, less in c_proj.
 
-        LayerNorms keep PyTorch's start: weight 1, bias 0.
+        Biases start at 0. LayerNorms keep PyTorch's start: weight 1, bias 0.
         """
-        # The residual stream is a sum of 2 * n_layer outputs of c_proj. A sum of N independent
-        # numbers has sqrt(N) times the standard deviation of one. So c_proj starts smaller by that
-        # factor (GPT-2's paper, section 2.3).
+        # Each layer adds two outputs of c_proj to the residual stream, N = 2 * n_layer in all. A
+        # sum of N independent numbers has sqrt(N) times the standard deviation of one. So c_proj
+        # starts 1 / sqrt(N) as large (GPT-2's paper, section 2.3).
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -195,16 +195,16 @@ class GPT(nn.Module):
 
         idx: token ids, (B, T), int64. targets: the ids that come next, (B, T), int64.
         Returns (logits, loss). logits: the scores, (B, T, vocab_size). loss: the mean cross-entropy
-        in nats (natural-log units) per token, or None without targets. Beside a loss, the logits
-        carry no gradient.
+        in nats (natural-log units) per token, or None without targets. With targets, the logits
+        carry no gradient: only the loss can be trained on.
         """
         x = self.hidden(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, vocab_size)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            # Only the loss is trained on. torch.compile doesn't know that: without this line it
-            # makes a gradient for the logits too, (B, T, vocab_size) zeros.
+            # Without this line torch.compile makes a gradient for the logits too: zeros of shape
+            # (B, T, vocab_size).
             logits = logits.detach()
         return logits, loss
 
@@ -273,7 +273,7 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
     cache = KVCache(model)
-    hide = None if show_bar else True  # None: a bar on a terminal, none in a file
+    hide = None if show_bar else True  # None hides it where standard error is no terminal
     for _ in tqdm(range(max_new_tokens), desc="sample", leave=False, disable=hide):
         # The same as model.hidden(idx[:, -block_size:])[:, -1], with less work
         x = cache.newest_vector(idx)  # (B, C)
@@ -403,14 +403,14 @@ class DataLoaderLite:
 
     def read_row(self, number):
         """Return row `number` of the run, counted over all epochs: (T + 1,) uint16."""
-        epoch, left = divmod(number, self.rows_per_epoch)
+        epoch, place = divmod(number, self.rows_per_epoch)  # its place in the epoch
         for i in permutation(len(self.arrays), self.seed, epoch).tolist():
             rows = self.rows_per_array[i]
-            if left < rows:
+            if place < rows:
                 order = permutation(rows, self.seed, epoch, i)
-                start = int(order[left]) * self.T
+                start = int(order[place]) * self.T
                 return self.arrays[i][start : start + self.T + 1]
-            left -= rows  # the row is in a later array
+            place -= rows  # its place in the arrays that are left
 
     def next_batch(self):
         """Return the next x and y, (B, T) int64 each; y is x moved on by one token.
@@ -483,8 +483,8 @@ class TrainConfig:
     val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
     hellaswag_interval: int = setting(250, "updates between HellaSwag's; 0: none", zero_ok=True)
     sample_interval: int = setting(250, "updates between samples; 0: none", zero_ok=True)
-    checkpoint_interval: int = setting(5000, "updates between checkpoints; 0: none", zero_ok=True)
-    checkpoint_minutes: float = setting(30.0, "minutes between checkpoints; 0: none", zero_ok=True)
+    checkpoint_interval: int = setting(5000, "save every so many updates; 0: don't", zero_ok=True)
+    checkpoint_minutes: float = setting(30.0, "also every so many minutes; 0: don't", zero_ok=True)
     keep_checkpoints: int = setting(3, "keep so many of the newest, and each 5000th update's")
 
     device: str = setting(None, "where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs",
@@ -563,7 +563,7 @@ def evaluate(model, tokens, B, T, rank=0, world=1):
     batch = B * T  # tokens
     starts = range(rank * batch, len(tokens) - 1, world * batch)
     total = 0.0
-    hide = None if rank == 0 else True  # None: a bar on a terminal, none in a file
+    hide = None if rank == 0 else True  # None hides it where standard error is no terminal
     for start in tqdm(starts, desc="validation", leave=False, disable=hide):
         part = torch.from_numpy(tokens[start : start + batch + 1].astype(np.int64))
         count = len(part) - 1  # less in the last batch
@@ -595,13 +595,13 @@ def mean_token_bytes(tokens):
 
 
 def launch(given, resume=False):
-    """Train a model and return it: main() is called with the device, the others, and the folder.
+    """Train a model and return it: choose the device, meet the other processes, then call main().
 
     given: the settings that you choose, {name: value}. The others come from a preset. With resume
     the run goes on from the newest checkpoint, with its settings; where there is none, a new run
     begins. Raises UserError when something can't work.
     """
-    check_settings(given)
+    check_settings(given, TrainConfig)
     check_torchrun(resume)
     # torchrun tells each process which one it is, and how many there are. pick_device reads
     # LOCAL_RANK, its number on this machine.
@@ -618,7 +618,7 @@ def launch(given, resume=False):
         lock = fineweb.lock_folder(given.get("log_dir", TrainConfig.log_dir), "--log_dir")
     with lock, contextlib.closing(StopRequest()) as stop:
         if world > 1:
-            dist.barrier()  # nobody looks for a checkpoint before the folder is ours
+            dist.barrier()  # nobody looks for a checkpoint before the folder is locked
         model = main(given, resume, device, rank, world, stop)
     if world > 1:
         dist.destroy_process_group()
@@ -630,7 +630,7 @@ def main(given, resume, device, rank, world, stop):
     # Where does the run begin, and with which settings?
     log_dir = given.get("log_dir", TrainConfig.log_dir)
     checkpoint = newest_checkpoint(log_dir) if resume else None
-    found_step = None if checkpoint is None else checkpoint["step"]
+    found_step = None if checkpoint is None else checkpoint["step"]  # None is not the same as 0
     check_agreement(world, checkpoint=found_step)
     first_step = found_step or 0
     cfg = choose_config(given, checkpoint, device)
@@ -656,16 +656,16 @@ def main(given, resume, device, rank, world, stop):
     loader = DataLoaderLite(arrays, B, T, rank, world, seed, first_row)
     examples = hellaswag.load_examples(model.config.block_size) if cfg.hellaswag_interval else []
 
-    # The recipe. float16 can't hold small gradients: the scaler scales them up, and down again.
+    # The recipe. float16 can't hold small gradients: the scaler multiplies the loss, and so them.
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=(dtype == "float16"))
     if checkpoint is not None:
         restore(checkpoint, cfg, data_id, optimizer, scaler)
 
-    # All is well: from here on the folder belongs to this run.
+    # All is well: now an earlier run's files may be moved, or its log cut.
     if rank == 0:
         take_over_folder(cfg.log_dir, checkpoint)
-    # Only training is compiled: evaluation would need another compilation, samples many.
+    # Only training is compiled. Evaluating would compile once more, sampling many times.
     train_model = compile_model(model, cfg.compile, device, dtype)
     # Each process has the whole model and reads micro-batches of its own. DDP averages their
     # gradients, so that all make the same update.
@@ -714,7 +714,7 @@ def main(given, resume, device, rank, world, stop):
         optimizer.zero_grad()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            if world > 1:  # it does so within backward(), and only in the last one
+            if world > 1:  # DDP averages within backward(). Once is enough: in the last one
                 train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast(device, dtype):
                 loss = train_model(x, y)[1]  # the logits are let go at once: they are large
@@ -725,19 +725,19 @@ def main(given, resume, device, rank, world, stop):
             scaler.scale(loss).backward()
             # Fetch the next batch now, while a GPU still computes this one.
             x, y = fetch_batch(loader, device)
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # divides the gradients by its scale again
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
 
-        # Sum over the processes: the losses, and how many of them were asked to stop
+        # Sum over the processes: their losses, and a 1 from each that was asked to stop
         asked = torch.full_like(loss_accum, float(stop.is_requested()))
         sums = torch.stack((loss_accum, asked))
         if world > 1:
             dist.all_reduce(sums)
         loss_sum, stops = sums.tolist()  # this waits for the GPU, which had work queued
         mean_loss = loss_sum / world
-        norm = norm.item()
 
-        # An update with a number that isn't finite would make every weight NaN, for good.
+        # An update with a number that isn't finite would make every weight NaN, for good. float16's
+        # scaler begins too high, and such updates halve its scale, down to 1. Without it, it is 1.
         if math.isfinite(mean_loss) and math.isfinite(norm):
             scaler.step(optimizer)
             skipped = 0
@@ -769,14 +769,11 @@ def main(given, resume, device, rank, world, stop):
 
 # You have read the training. What follows is what it calls.
 
-# So many bad updates in a row end the run. float16's first ones are normal: its scale begins far
-# too high, and each of them halves it. So there the run ends only once the scale is 1. Without
-# float16 it is always 1.
-TOO_MANY_SKIPPED = 5
+TOO_MANY_SKIPPED = 5  # so many bad updates in a row end the run
 
 
 def is_due(interval, step, last_step):
-    """Return whether it is time: every `interval` updates and after the last; with 0, never."""
+    """Return whether it is time: before every `interval`-th update, and at the end. 0: never."""
     return interval > 0 and (step % interval == 0 or last_step)
 
 
@@ -1331,7 +1328,7 @@ def allow_open_files(count):
 
 
 def compile_model(model, wanted, device, dtype):
-    """Return model, compiled if that is wanted and works, for a step that takes half the time.
+    """Return model, compiled if that is wanted and works, for a faster step.
 
     wanted: True, False, or None: where it helps. On a CPU in float32 it doesn't.
     A CPU needs a C++ compiler for it, a GPU Triton.
@@ -1346,8 +1343,8 @@ def compile_model(model, wanted, device, dtype):
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
-        print0("warning: torch.compile doesn't work here, so a step takes longer, on a GPU about "
-               f"twice as long: {one_line(error)[:200]}", file=sys.stderr)
+        print0("warning: torch.compile doesn't work here, so a step takes longer, on a GPU much "
+               f"longer: {one_line(error)[:200]}", file=sys.stderr)
         return model
     print0("The model is compiled, so the first update takes a minute.")
     return torch.compile(model)
@@ -1481,9 +1478,9 @@ class StopRequest:
 FIXED = ("model", "init_from", "seq_len", "total_batch_size", "seed", "shuffle")
 
 
-def check_settings(given):
-    """Raise UserError when a setting of given, {name: value}, can't work."""
-    known = {f.name: f for f in (*fields(TrainConfig), *fields(SampleConfig))}
+def check_settings(given, config):
+    """Raise UserError when a setting of given, {name: value}, can't work. config: their class."""
+    known = {f.name: f for f in fields(config)}
     for name, value in given.items():
         if name not in known:
             raise UserError(f"there is no setting {name}")
@@ -1615,7 +1612,8 @@ def parse_flags(argv=None):
     flags = vars(options)
     given = {f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags}
     options.sampling = {f.name: flags[f.name] for f in fields(SampleConfig) if f.name in flags}
-    check_settings(given | options.sampling)
+    check_settings(given, TrainConfig)
+    check_settings(options.sampling, SampleConfig)
     return given, options
 
 
