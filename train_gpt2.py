@@ -39,11 +39,12 @@ from tqdm import tqdm
 
 import fineweb
 import hellaswag
+# A UserError ends the program with one line. blame() turns another error into one.
 from fineweb import UserError, blame, gpt2_encoding, one_line
 
 # -----------------------------------------------------------------------------
-# The model. Shapes: B sequences of T tokens, C = n_embd numbers for each token, nh = n_head heads
-# of hs = C // nh numbers.
+# The model. Shapes: B sequences of T tokens, and C = n_embd numbers for each token.
+# Attention has nh = n_head heads, each of them hs = C // nh numbers wide.
 
 
 @dataclass
@@ -51,7 +52,7 @@ class GPTConfig:
     """The shape of a GPT. The defaults are those of GPT-2 (124M)."""
 
     block_size: int = 1024  # the longest sequence it can read, in tokens
-    vocab_size: int = 50257  # tokens: 256 bytes, 50,000 merged pairs (BPE), and <|endoftext|>
+    vocab_size: int = 50257  # how many tokens it knows
     n_layer: int = 12  # how many blocks
     n_head: int = 12  # attention heads in each of them
     n_embd: int = 768  # the width: each token is a vector of this many numbers
@@ -60,10 +61,10 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     """Let each token read from itself and from the tokens before it. (B, T, C) -> (B, T, C).
 
-    Each token asks with a query. The keys of that token and of those before it answer: a softmax
-    of query times key says how much of each one's value is taken. Multi-head attention of
-    "Attention Is All You Need" (2017), section 3.2. Raises ValueError when n_embd is not a multiple
-    of n_head.
+    Each token makes a query, a key and a value. The dot products of its query with its own key and
+    with those of the tokens before it are scores. A softmax turns them into shares. The result is
+    the sum of the values, each times its share. This is multi-head attention, as in "Attention Is
+    All You Need" (2017), section 3.2. Raises ValueError when n_embd is not a multiple of n_head.
     """
 
     def __init__(self, config):
@@ -95,10 +96,10 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        # The tanh approximation was the faster one in 2019. OpenAI's weights expect it.
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc: fully connected
+        # GELU by a formula with tanh, which was faster than the exact one when GPT-2 was trained
         self.gelu = nn.GELU(approximate="tanh")
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)  # proj: projects back
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, 4 * C)
@@ -136,23 +137,24 @@ TRANSPOSED = (
 
 
 class GPT(nn.Module):
-    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), without dropout.
+    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
 
-    The parameters have the names that Hugging Face gives OpenAI's.
+    The parameters are named as in Hugging Face's GPT-2.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # A ModuleDict, since the names are transformer.wte.weight and so on
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
-            wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd),
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # a row for each token
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # a row for each position
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),  # the layers
+            ln_f=nn.LayerNorm(config.n_embd),  # the last normalisation
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # One matrix for input and output. As input, a token's vector says what the token is. As
-        # output, the token's score is the product of its vector and x.
+        # output, the token's score is the dot product of its vector and x.
         self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
@@ -174,12 +176,12 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx):
-        """Return what forward() computes before lm_head: a vector for each position, (B, T, C).
+        """Return the vectors that lm_head will score, one for each position: (B, T, C).
 
         idx: token ids, (B, T), int64.
         Raises ValueError when the sequence is longer than block_size.
         """
-        B, T = idx.shape
+        T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size, {self.config.block_size}")
         pos = torch.arange(T, device=idx.device)  # (T,)
@@ -193,18 +195,21 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Score each possible next token at each position.
 
-        idx: token ids, (B, T), int64. targets: the ids that come next, (B, T), int64.
-        Returns (logits, loss). logits: the scores, (B, T, vocab_size). loss: the mean cross-entropy
-        in nats (natural-log units) per token, or None without targets. With targets, the logits
-        carry no gradient: only the loss can be trained on.
+        idx: token ids, (B, T), int64.
+        targets: the ids that come next, (B, T), int64. Each position is an example to learn from.
+        Returns (logits, loss).
+        logits: the scores, (B, T, vocab_size).
+        loss: the mean cross-entropy in nats (natural-log units) per token; None without targets.
+        With targets the logits carry no gradient: only the loss can be trained on.
         """
         x = self.hidden(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, vocab_size)
         loss = None
         if targets is not None:
+            # (B * T, vocab_size) and (B * T,): one example a row
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            # Without this line torch.compile makes a gradient for the logits too: zeros of shape
-            # (B, T, vocab_size).
+            # The logits are only looked at. torch.compile would make a gradient for them, (B, T,
+            # vocab_size) zeros.
             logits = logits.detach()
         return logits, loss
 
@@ -212,8 +217,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, name):
         """Return a GPT with the weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or of a folder.
 
-        The folder is in Hugging Face's format. Raises OSError when there are no such weights, and
-        ValueError when they are not those of a whole GPT-2.
+        The folder is in Hugging Face's format. Raises OSError when there are no such weights.
+        Raises ValueError when they are not those of a whole GPT-2.
         """
         import transformers  # slow to import, and needed only here
 
@@ -232,7 +237,7 @@ class GPT(nn.Module):
         )
         weights = source.state_dict()
         for key in weights:
-            if key.endswith(TRANSPOSED):
+            if key.endswith(TRANSPOSED):  # it ends with one of the four names
                 weights[key] = weights[key].t()
         model = cls(config)
         model.load_state_dict(weights)
@@ -246,7 +251,7 @@ class GPT(nn.Module):
 def draw_token(logits, temperature, top_k, generator):
     """Draw one of the top_k likeliest tokens for each row: (B, vocab_size) -> (B, 1).
 
-    The logits are divided by the temperature first. A temperature of 0 takes the likeliest token.
+    Their logits are divided by the temperature. A temperature of 0 takes the likeliest token.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
@@ -254,29 +259,33 @@ def draw_token(logits, temperature, top_k, generator):
     top_logits, top_ids = logits.topk(top_k)  # (B, top_k) each
     probs = F.softmax(top_logits / temperature, dim=-1)  # (B, top_k)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
-    return top_ids.gather(1, choice)  # (B, 1)
+    return top_ids.gather(1, choice)  # (B, 1), the ids of what was chosen
 
 
 @torch.no_grad()
 def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperature=1.0, seed=42,
-           show_bar=False):
+           cache=None):
     """Return num_samples texts that begin with prompt and go on for max_new_tokens tokens.
 
-    show_bar: show a bar, if standard error is a terminal. Raises UserError when prompt is empty.
+    The same seed draws the same texts.
+    cache: a KVCache of model, which makes long texts faster.
+    Raises UserError when prompt is empty.
     """
     encoding = gpt2_encoding()
-    tokens = encoding.encode(prompt, allowed_special="all")
+    tokens = encoding.encode(prompt, allowed_special="all")  # <|endoftext|> is one token
     if not tokens:
         raise UserError("--sample: the text is empty")
     device = next(model.parameters()).device
-    # A generator of its own, so that sampling doesn't change the run's other random numbers
+    # Its own source of random numbers, so that sampling changes no others
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
-    cache = KVCache(model)
-    hide = None if show_bar else True  # None hides it where standard error is no terminal
-    for _ in tqdm(range(max_new_tokens), desc="sample", leave=False, disable=hide):
-        # The same as model.hidden(idx[:, -block_size:])[:, -1], with less work
-        x = cache.newest_vector(idx)  # (B, C)
+    # disable=None: no bar where standard error is no terminal
+    for _ in tqdm(range(max_new_tokens), desc="sample", leave=False, disable=None):
+        if cache is None:
+            window = idx[:, -model.config.block_size :]  # what the model can read
+            x = model.hidden(window)[:, -1]  # (B, C), the last position
+        else:
+            x = cache.newest_vector(idx)  # the same, with less work
         logits = model.lm_head(x)  # (B, vocab_size)
         logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
         next_token = draw_token(logits, temperature, top_k, generator)  # (B, 1)
@@ -305,7 +314,11 @@ def load_data(path):
 
 
 def load_text(path):
-    """Return what load_data does, of a text file. <|endoftext|> in it separates documents."""
+    """Return (arrays, val) of a text: its tokens, uint16, (n,) each.
+
+    path: a text file. arrays: a list with one array, the first 90%. val: the last 10%.
+    <|endoftext|> in it separates documents. Raises UserError.
+    """
     if not os.path.exists(path):
         raise UserError(f"--data {path}: there is no such file or folder in {os.getcwd()}")
     if path.endswith((".jsonl", ".parquet")):
@@ -328,7 +341,7 @@ def load_text(path):
 
 
 def open_shards(folder):
-    """Return what load_data does, of a folder of shards. Raises UserError when one is missing."""
+    """Return what load_data does, for a folder of shards. Raises UserError when one is missing."""
     names = [name for name in os.listdir(folder)
              if re.fullmatch(r"edufineweb_(val|train)_\d{6}\.npy", name)]
     if len(names) < 2:
@@ -350,7 +363,7 @@ def open_shards(folder):
 
 def open_shard(path):
     """Return the tokens of a shard, (n,) uint16, memory-mapped. Raises UserError."""
-    # A damaged header breaks NumPy's reader in any way.
+    # NumPy may raise any error for a damaged header.
     with blame(f"--data {path}: the shard is damaged", Exception):
         array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype != np.uint16 or array.ndim != 1 or len(array) == 0:
@@ -361,13 +374,16 @@ def open_shard(path):
 
 def check_ids(tokens):
     """Raise UserError when tokens, an array, has an id that GPT-2 doesn't know."""
-    if tokens.max() > 50256:  # on a GPU it would be a fault without a line number
+    if tokens.max() > 50256:  # a GPU would only say that a kernel failed
         raise UserError(f"--data holds the token {tokens.max()}, and GPT-2's end at 50256")
 
 
 @functools.lru_cache(maxsize=4)  # read_row asks for the same few again and again
 def permutation(n, seed, *more_seeds):
-    """Return the numbers from 0 to n - 1, shuffled by the seeds, unshuffled when seed is None."""
+    """Return the numbers from 0 to n - 1, (n,), in an order that comes from the seeds alone.
+
+    With a seed of None they stay as they are.
+    """
     if seed is None:
         return np.arange(n)
     return np.random.default_rng((seed, *more_seeds)).permutation(n)
@@ -376,25 +392,25 @@ def permutation(n, seed, *more_seeds):
 class DataLoaderLite:
     """Cut arrays of tokens, (n,) uint16 each, into rows of T tokens, and hand out B rows at a time.
 
-    These B rows are a micro-batch: what a process computes at once. The processes take turns: the
-    first B rows are process 0's, the next B process 1's, and so on. So together they read what one
-    process would, in the same order. An epoch is all whole rows of all arrays. The tokens left over
-    at an array's end, too few for a row, are never read.
-
-    seed: the order of the rows in each epoch comes from it. With None they stay as they are.
-    first_row: the row of the run at which to begin, counted over all epochs.
+    Each row comes with the token behind it, the last one's target.
+    An epoch is one pass over all rows of all arrays. The tokens left over at an array's end, too
+    few for a row, are never read.
+    B rows are a micro-batch: what a process computes at once.
+    The processes take turns: the first B rows are process 0's, the next B process 1's, and so on.
+    So together they read what one process would, in the same order.
+    shuffle_seed: each epoch's order of rows comes from it. With None they stay as they are.
+    first_row: how many rows of the run were read before, in all epochs.
     Raises UserError when there is no row.
     """
 
-    def __init__(self, arrays, B, T, rank=0, world=1, seed=None, first_row=0):
+    def __init__(self, arrays, B, T, rank=0, world=1, shuffle_seed=None, first_row=0):
         self.arrays = arrays
         self.B = B
         self.T = T
         self.rank = rank
         self.world = world
-        self.seed = seed
+        self.shuffle_seed = shuffle_seed
         self.next_row = first_row
-        # A row is read with the token after it, the last one's target.
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
         self.rows_per_epoch = sum(self.rows_per_array)
         if self.rows_per_epoch == 0:
@@ -402,21 +418,19 @@ class DataLoaderLite:
                             f"sequence needs {T + 1}; lower --seq_len, or make larger shards")
 
     def read_row(self, number):
-        """Return row `number` of the run, counted over all epochs: (T + 1,) uint16."""
-        epoch, place = divmod(number, self.rows_per_epoch)  # its place in the epoch
-        for i in permutation(len(self.arrays), self.seed, epoch).tolist():
+        """Return row `number`, counted over all epochs: T tokens and one more, (T + 1,) uint16."""
+        epoch, place = divmod(number, self.rows_per_epoch)
+        # An epoch goes through one array after another. Which one has this place?
+        for i in permutation(len(self.arrays), self.shuffle_seed, epoch).tolist():
             rows = self.rows_per_array[i]
             if place < rows:
-                order = permutation(rows, self.seed, epoch, i)
+                order = permutation(rows, self.shuffle_seed, epoch, i)
                 start = int(order[place]) * self.T
                 return self.arrays[i][start : start + self.T + 1]
-            place -= rows  # its place in the arrays that are left
+            place -= rows  # not this one: count from the next one's start
 
     def next_batch(self):
-        """Return the next x and y, (B, T) int64 each; y is x moved on by one token.
-
-        Raises UserError when the data hold an id that GPT-2 doesn't know.
-        """
+        """Return the next x and y, (B, T) int64 each; y is x moved on by one token."""
         first = self.next_row + self.rank * self.B
         rows = [self.read_row(first + i) for i in range(self.B)]
         tokens = np.stack(rows)  # (B, T + 1)
@@ -432,7 +446,7 @@ class DataLoaderLite:
 # The recipe
 
 
-# OpenAI released these four. MODEL_SIZES has all that --model knows.
+# OpenAI released these four. MODEL_SIZES has all.
 OPENAI_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
@@ -446,42 +460,43 @@ MODEL_SIZES = {
     "gpt3-small": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt3-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt3-large": dict(n_layer=24, n_head=16, n_embd=1536),
-    # The table gives 24 heads of 128, which is wider than 2048. We take 16 heads of 128.
+    # The table gives 24 heads of 128, which is 3072, not 2048. We take 16 heads of 128.
     "gpt3-xl": dict(n_layer=24, n_head=16, n_embd=2048),
 }
 
 
 def setting(default, meaning, zero_ok=False, choices=None):
-    """Return a field of a config: its default, the text that --help shows, and what is allowed.
+    """Return a field of a config, with notes: what it means, and which values are allowed.
 
-    A number has to be above 0, or 0 where that is ok. A default of None: the machine decides.
+    A number must be above 0. zero_ok allows 0, too. A default of None means that the program
+    chooses.
     """
     return field(default=default, metadata=dict(meaning=meaning, zero_ok=zero_ok, choices=choices))
 
 
 @dataclass
 class TrainConfig:
-    """The settings of a run, each of them a flag. The defaults are GPT-2 (124M) on FineWeb-Edu."""
+    """The settings of a run. The defaults are those of GPT-2 (124M)."""
 
     model: str = setting("gpt2", "the shape of a new model, and its preset", choices=MODEL_SIZES)
     init_from: str = setting("scratch", "scratch, or start from gpt2, ..., a .pt file, a folder")
     data: str = setting(fineweb.SHARDS, "a folder of shards, or a text file")
     log_dir: str = setting("log", "the folder for the log and the checkpoints")
-    seed: int = setting(1337, "first weights, the data's order, --sample's draws", zero_ok=True)
+    seed: int = setting(1337, "where all random numbers come from", zero_ok=True)
     shuffle: bool = setting(True, "read the data in a new order in each epoch")
 
     total_batch_size: int = setting(2**19, "tokens in an update")
     seq_len: int = setting(1024, "T, tokens in a sequence")
     batch_size: int = setting(None, "B, sequences in a micro-batch; lower it when memory is short")
-    max_steps: int = setting(19073, "updates of the weights; 19073 are 10B tokens")
-    warmup_steps: int = setting(715, "updates in which the rate rises to max_lr", zero_ok=True)
+    max_steps: int = setting(19073, "updates of the weights")
+    warmup_steps: int = setting(715, "updates until the rate is max_lr", zero_ok=True)
     max_lr: float = setting(6e-4, "the learning rate's peak; then it falls to a tenth")
     weight_decay: float = setting(0.1, "AdamW's decay of the matrices", zero_ok=True)
     grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this one")
 
     eval_interval: int = setting(250, "updates between validation losses; 0: none", zero_ok=True)
     val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
-    hellaswag_interval: int = setting(250, "updates between HellaSwag's; 0: none", zero_ok=True)
+    hellaswag_interval: int = setting(250, "updates between HellaSwags; 0: none", zero_ok=True)
     sample_interval: int = setting(250, "updates between samples; 0: none", zero_ok=True)
     checkpoint_interval: int = setting(5000, "save every so many updates; 0: don't", zero_ok=True)
     checkpoint_minutes: float = setting(30.0, "also every so many minutes; 0: don't", zero_ok=True)
@@ -495,17 +510,32 @@ class TrainConfig:
     timeout_minutes: float = setting(10.0, "how long processes wait for one that doesn't come")
 
 
-# How the settings of each preset differ from TrainConfig's defaults. The GPTs have the learning
-# rates and batch sizes of GPT-3's paper, table 2.1, for their size.
+# How the settings of each preset differ from TrainConfig's defaults.
+# The GPTs have the learning rates and batch sizes of GPT-3's paper, table 2.1, for their size.
 PRESETS = {
-    "laptop": dict(  # three epochs of input.txt: one is 283.5 updates
-        seq_len=64, total_batch_size=1024, max_steps=850, warmup_steps=300, max_lr=6e-3,
-        weight_decay=0.8, eval_interval=170, val_tokens=2**17, hellaswag_interval=0,
-        sample_interval=170, checkpoint_interval=170,
+    "laptop": dict(
+        seq_len=64,
+        total_batch_size=1024,  # so 850 updates are three epochs of input.txt
+        max_steps=850,
+        warmup_steps=300,
+        max_lr=6e-3,
+        weight_decay=0.8,  # this, the rate and the warm-up were found by trying
+        eval_interval=170,
+        val_tokens=2**17,
+        hellaswag_interval=0,
+        sample_interval=170,
+        checkpoint_interval=170,
     ),
-    "fine-tune": dict(  # for --init_from. seq_len None: the model's block_size, 1024 at most
-        seq_len=None, total_batch_size=2**13, max_steps=100, warmup_steps=10, max_lr=3e-5,
-        eval_interval=25, val_tokens=2**17, hellaswag_interval=0, sample_interval=25,
+    "fine-tune": dict(  # for --init_from
+        seq_len=None,  # the model's block_size, 1024 at most
+        total_batch_size=2**13,
+        max_steps=100,
+        warmup_steps=10,
+        max_lr=3e-5,
+        eval_interval=25,
+        val_tokens=2**17,
+        hellaswag_interval=0,
+        sample_interval=25,
         checkpoint_interval=50,
     ),
     "gpt2": dict(),
@@ -529,9 +559,10 @@ def get_lr(step, cfg):
     """
     min_lr = 0.1 * cfg.max_lr
     warmup_steps = max(cfg.warmup_steps, 1)
-    if step < warmup_steps:
-        return cfg.max_lr * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste an update
-    progress = (step + 1 - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
+    update = step + 1  # counted from 1: update warmup_steps has max_lr, the last one min_lr
+    if update <= warmup_steps:
+        return cfg.max_lr * update / warmup_steps
+    progress = (update - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))  # from 1 down to 0
     return min_lr + cosine * (cfg.max_lr - min_lr)
 
@@ -539,6 +570,8 @@ def get_lr(step, cfg):
 def configure_optimizer(model, weight_decay, lr):
     """Return AdamW for model.
 
+    AdamW averages each weight's gradients over the last updates. It divides the average by their
+    usual size, so all weights move at about the same speed, which is lr.
     Weight decay pulls the matrices towards 0: linear layers and embeddings. It leaves biases and
     LayerNorms alone.
     """
@@ -558,19 +591,20 @@ def evaluate(model, tokens, B, T, rank=0, world=1):
 
     tokens: (n,) uint16. They are cut into rows of T, and batches of B rows. The processes take
     turns with the batches, so the result is the same, up to rounding, for any number of them.
+    GPT has no dropout, so model.eval() would change nothing.
     """
     device = next(model.parameters()).device
     batch = B * T  # tokens
     starts = range(rank * batch, len(tokens) - 1, world * batch)
     total = 0.0
-    hide = None if rank == 0 else True  # None hides it where standard error is no terminal
+    hide = None if rank == 0 else True  # None: hide it where standard error is no terminal
     for start in tqdm(starts, desc="validation", leave=False, disable=hide):
         part = torch.from_numpy(tokens[start : start + batch + 1].astype(np.int64))
         count = len(part) - 1  # less in the last batch
         padding = batch - count
         x = F.pad(part[:-1], (0, padding)).view(B, T)
-        y = F.pad(part[1:], (0, padding), value=-100).view(B, T)  # -100: it isn't scored
-        loss = model(x.to(device), y.to(device))[1]  # the logits are let go at once
+        y = F.pad(part[1:], (0, padding), value=-100).view(B, T)  # -100: not scored
+        loss = model(x.to(device), y.to(device))[1]  # only the loss
         total += loss.item() * count
     if world > 1:
         sums = torch.tensor(total, dtype=torch.float64, device=device)
@@ -594,17 +628,22 @@ def mean_token_bytes(tokens):
 # The run
 
 
+# So many bad updates in a row end the run. The first ones of float16 don't count: its scaler begins
+# too high, and each bad update halves its scale. For other types the scale is always 1.
+TOO_MANY_SKIPPED = 5
+
+
 def launch(given, resume=False):
     """Train a model and return it: choose the device, meet the other processes, then call main().
 
-    given: the settings that you choose, {name: value}. The others come from a preset. With resume
-    the run goes on from the newest checkpoint, with its settings; where there is none, a new run
-    begins. Raises UserError when something can't work.
+    given: the settings that you choose, {name: value}. The others come from a preset.
+    resume: go on from the newest checkpoint, with its settings; where there is none, begin.
+    Raises UserError when something can't work.
     """
     check_settings(given, TrainConfig)
     check_torchrun(resume)
-    # torchrun tells each process which one it is, and how many there are. pick_device reads
-    # LOCAL_RANK, its number on this machine.
+    # torchrun tells each process which one it is (rank), and how many there are (world).
+    # pick_device reads LOCAL_RANK, its number on this machine.
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(given.get("device"))
@@ -630,9 +669,8 @@ def main(given, resume, device, rank, world, stop):
     # Where does the run begin, and with which settings?
     log_dir = given.get("log_dir", TrainConfig.log_dir)
     checkpoint = newest_checkpoint(log_dir) if resume else None
-    found_step = None if checkpoint is None else checkpoint["step"]  # None is not the same as 0
-    check_agreement(world, checkpoint=found_step)
-    first_step = found_step or 0
+    first_step = 0 if checkpoint is None else checkpoint["step"]
+    check_agreement(world, first_step=first_step)
     cfg = choose_config(given, checkpoint, device)
     dtype = cfg.dtype or best_dtype(device)
 
@@ -645,18 +683,18 @@ def main(given, resume, device, rank, world, stop):
     grad_accum_steps = cfg.total_batch_size // (B * T * world)
 
     # The data
-    arrays, val_array = load_data(cfg.data)
-    val_tokens = val_array[: cfg.val_tokens + 1]  # the first one isn't scored
+    arrays, val = load_data(cfg.data)
+    val_tokens = val[: cfg.val_tokens + 1]  # + 1: nothing predicts the first one
     check_ids(val_tokens)
     token_bytes = mean_token_bytes(val_tokens[1:])
-    data_id = fingerprint([*arrays, val_array])
+    data_id = fingerprint([*arrays, val])
     check_agreement(world, data=data_id, batch_size=B)
     first_row = first_step * cfg.total_batch_size // T
-    seed = cfg.seed if cfg.shuffle else None
-    loader = DataLoaderLite(arrays, B, T, rank, world, seed, first_row)
+    shuffle_seed = cfg.seed if cfg.shuffle else None
+    loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed, first_row)
     examples = hellaswag.load_examples(model.config.block_size) if cfg.hellaswag_interval else []
 
-    # The recipe. float16 can't hold small gradients: the scaler multiplies the loss, and so them.
+    # The recipe
     optimizer = configure_optimizer(model, cfg.weight_decay, cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=(dtype == "float16"))
     if checkpoint is not None:
@@ -665,7 +703,7 @@ def main(given, resume, device, rank, world, stop):
     # All is well: now an earlier run's files may be moved, or its log cut.
     if rank == 0:
         take_over_folder(cfg.log_dir, checkpoint)
-    # Only training is compiled. Evaluating would compile once more, sampling many times.
+    # Both have the same parameters. Only training is compiled: sampling would compile many times.
     train_model = compile_model(model, cfg.compile, device, dtype)
     # Each process has the whole model and reads micro-batches of its own. DDP averages their
     # gradients, so that all make the same update.
@@ -680,7 +718,7 @@ def main(given, resume, device, rank, world, stop):
     stop.listen()
     skipped = 0  # how many updates in a row had a number that isn't finite
     x, y = fetch_batch(loader, device)
-    for step in range(first_step, cfg.max_steps + 1):  # step: how many updates are done
+    for step in range(first_step, cfg.max_steps + 1):  # `step` updates are done
         last_step = step == cfg.max_steps
 
         if rank == 0 and saver.is_due(step, last_step):
@@ -699,7 +737,7 @@ def main(given, resume, device, rank, world, stop):
             print0(f"step {step:5d} | HellaSwag: {right} of {len(examples)} right = {accuracy:.4f}")
             log.write(step, "hella", accuracy)
 
-        if is_due(cfg.sample_interval, step, last_step):
+        if rank == 0 and is_due(cfg.sample_interval, step, last_step):
             for text in sample(model, "Hello, I'm a language model,"):
                 print0(">", text)
 
@@ -714,16 +752,17 @@ def main(given, resume, device, rank, world, stop):
         optimizer.zero_grad()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            if world > 1:  # DDP averages within backward(). Once is enough: in the last one
+            # The gradients add up. DDP has to average them over the processes only in the end.
+            if world > 1:
                 train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast(device, dtype):
-                loss = train_model(x, y)[1]  # the logits are let go at once: they are large
+                loss = train_model(x, y)[1]  # only the loss: the logits take much memory
             # backward() adds to the gradients that are there. That gives the gradient of the sum of
             # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
             loss_accum += loss.detach()
-            scaler.scale(loss).backward()
-            # Fetch the next batch now, while a GPU still computes this one.
+            scaler.scale(loss).backward()  # larger: float16 makes 0 of small gradients
+            # Fetch the next batch here, while a GPU still computes this one.
             x, y = fetch_batch(loader, device)
         scaler.unscale_(optimizer)  # divides the gradients by its scale again
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -733,43 +772,41 @@ def main(given, resume, device, rank, world, stop):
         sums = torch.stack((loss_accum, asked))
         if world > 1:
             dist.all_reduce(sums)
-        loss_sum, stops = sums.tolist()  # this waits for the GPU, which had work queued
+        loss_sum, num_asked = sums.tolist()  # waits until the GPU is done: dt is right
         mean_loss = loss_sum / world
 
-        # An update with a number that isn't finite would make every weight NaN, for good. float16's
-        # scaler begins too high, and such updates halve its scale, down to 1. Without it, it is 1.
+        # A number that isn't finite would make every weight NaN, for good. So skip the update.
         if math.isfinite(mean_loss) and math.isfinite(norm):
             scaler.step(optimizer)
             skipped = 0
         else:
             skipped += 1
+            print0(f"step {step:5d} | skipped: a number isn't finite, {skipped} in a row")
         gone_bad = skipped >= TOO_MANY_SKIPPED and scaler.get_scale() <= 1
         scaler.update()
         dt = time.perf_counter() - t0  # seconds
 
-        line = f"step {step:5d} | loss: {mean_loss:.6f} | lr {lr:.4e} | norm: {norm:.4f}"
+        line = f"step {step:5d} | loss: {mean_loss:.6f}"
+        line += f" | lr {lr:.4e} | norm: {norm:.4f}"
+        line += f" | dt: {dt * 1000:.2f}ms | tok/sec: {cfg.total_batch_size / dt:.2f}"
         line += speed.describe(step, dt)
-        if skipped > 0:
-            line += f" | skipped, {skipped} in a row"
         print0(line)
         log.write(step, "train", mean_loss)
 
-        if stops > 0 or gone_bad:
+        if num_asked > 0 or gone_bad:
             if rank == 0:
                 saver.save(step + 1, must_work=True)
             if world > 1:
                 dist.barrier()  # nobody leaves before it is saved
             if gone_bad:
                 raise UserError(f"step {step}: loss or gradient was not finite {skipped} times in "
-                                "a row; a lower --max_lr may help, or another --seed")
+                                "a row; a lower --max_lr may help")
             print0(f"stopped after {step + 1} of {cfg.max_steps} updates; --resume goes on")
             break
     return model
 
 
 # You have read the training. What follows is what it calls.
-
-TOO_MANY_SKIPPED = 5  # so many bad updates in a row end the run
 
 
 def is_due(interval, step, last_step):
@@ -792,16 +829,15 @@ def build_model(cfg, checkpoint):
 def fetch_batch(loader, device):
     """Return the loader's next x and y on device."""
     x, y = loader.next_batch()
-    if device.type != "cuda":
-        return x.to(device), y.to(device)
-    # From pinned memory the GPU copies them by itself, and we don't wait.
-    x = x.pin_memory().to(device, non_blocking=True)
-    y = y.pin_memory().to(device, non_blocking=True)
-    return x, y
+    if device.type == "cuda":
+        # From pinned memory the GPU copies them by itself, and we don't wait.
+        x = x.pin_memory().to(device, non_blocking=True)
+        y = y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)
 
 
 class KVCache:
-    """Sampling, with less work: keep the keys and values of all tokens that the model has read."""
+    """Keep the keys and values of the tokens that the model has read, to sample with less work."""
 
     def __init__(self, model):
         self.model = model
@@ -815,7 +851,7 @@ class KVCache:
         """
         config = self.model.config
         if idx.shape[1] > config.block_size:
-            # The oldest token drops out. All others move, and get other keys and values.
+            # The oldest token drops out. All others move by one, so their keys and values change.
             idx = idx[:, -config.block_size :]
             self.length = 0
         past = self.length
@@ -835,7 +871,7 @@ class KVCache:
                 k = torch.cat((old_k, k), dim=2)  # (B, nh, T, hs)
                 v = torch.cat((old_v, v), dim=2)  # (B, nh, T, hs)
             self.layers[i] = (k, v)
-            # A single new token is the last one, and sees all of them.
+            # A single new token is the last one. It may read from all, so nothing is hidden.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=(past == 0))  # (B, nh, S, hs)
             y = y.transpose(1, 2).reshape(B, S, C)
             x = x + block.attn.c_proj(y)
@@ -846,28 +882,32 @@ class KVCache:
 
 def print_plan(cfg, model, loader, device, dtype, checkpoint):
     """Say in plain words what is about to happen, on what, and how to stop it."""
+    source = f"the preset {cfg.model}"
+    if cfg.init_from != "scratch":
+        source = "the preset fine-tune"
     first_step = 0
-    source = f"the preset {preset_of(cfg)}"
     if checkpoint is not None:
         first_step = checkpoint["step"]
         source = "the checkpoint"
     parameters = sum(p.numel() for p in model.parameters())
     tokens_there = sum(len(array) for array in loader.arrays)
+    micro_batches = cfg.total_batch_size // (loader.B * loader.T * loader.world)
     updates = cfg.max_steps - first_step
     tokens = updates * cfg.total_batch_size
     epochs = tokens / (loader.rows_per_epoch * loader.T)
     flops = tokens * flops_per_token(model, loader.T)
-    micro_batches = cfg.total_batch_size // (loader.B * loader.T * loader.world)
-    print0(f"Train {parameters:,} parameters on {tokens_there:,} tokens of {cfg.data}.")
-    print0(f"Settings that you don't give are those of {source}.")
-    print0(f"Device: {device.type}, {loader.world} process(es), {dtype}.")
-    print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens x "
-           f"{loader.world} process(es).")
-    print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs = "
-           f"{flops:.2e} FLOPs. The third update's line says how long it takes.")
-    print0("Ctrl-C finishes what is under way and an update, saves, and stops. The same command "
-           "with --resume goes on.")
+    print0(f"Model: {parameters:,} parameters.")
+    print0(f"Device: {device.type}.")
+    print0(f"Processes: {loader.world}.")
+    print0(f"Precision: {dtype}.")
+    print0(f"Data: {tokens_there:,} tokens of {cfg.data}.")
+    print0(f"Settings that you don't give: those of {source}.")
+    print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
+           "process.")
+    print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
+    print0(f"Work: {flops:.2e} FLOPs. The third update's line says how long they take.")
     print0(f"Log and checkpoints: {cfg.log_dir}/")
+    print0("Ctrl-C saves and stops after the next update. The same command with --resume goes on.")
     if checkpoint is not None:
         print0(f"Going on after {first_step} of {cfg.max_steps} updates.")
 
@@ -881,26 +921,25 @@ def validation_line(step, loss, token_bytes):
 
 
 class Speed:
-    """Know how fast a run is: its share of what the GPUs could do, and the time that is left."""
+    """Measure a run's share of what the GPUs could do, and the time that is left."""
 
     def __init__(self, cfg, model, T, device, dtype, world):
         self.max_steps = cfg.max_steps
-        self.tokens = cfg.total_batch_size  # in an update
         self.flops_per_update = flops_per_token(model, T) * cfg.total_batch_size
         self.peak_flops = peak_flops(device, dtype, world)
         self.updates = 0
         self.started = None  # when the first update was done
 
     def describe(self, step, dt):
-        """Return what to add to the line of update `step`, which took dt seconds."""
-        text = f" | dt: {dt * 1000:.2f}ms | tok/sec: {self.tokens / dt:.2f}"
+        """Return what to add to the line of update `step`, which took dt seconds. It may be ""."""
+        text = ""
         if self.peak_flops is not None:
             # model FLOPs utilisation
             text += f" | mfu: {self.flops_per_update / dt / self.peak_flops:.1%}"
         self.updates += 1
         if self.updates == 1:
             self.started = time.monotonic()  # the first update is slow: don't count it
-        elif self.updates == 3 or self.updates % 20 == 0:  # soon, and then now and again
+        elif self.updates == 3 or self.updates % 20 == 0:  # soon, then every 20th
             seconds = (time.monotonic() - self.started) / (self.updates - 1)  # evaluations too
             text += f" | left: {seconds * (self.max_steps - step - 1) / 60:.1f} min"
         return text
@@ -933,6 +972,7 @@ class Log:
 def save_checkpoint(path, step, cfg, model, optimizer, scaler, data_id):
     """Write all that a run needs to go on after `step` updates: tensors and plain values.
 
+    The place in the data follows from the step, and an update draws no random numbers.
     Raises OSError or RuntimeError when the disk fails.
     """
     checkpoint = dict(
@@ -981,7 +1021,7 @@ def load_checkpoint(path):
         raise UserError(f"{path}: {one_line(error)}") from error
     except pickle.UnpicklingError:  # it holds more than tensors and plain values
         checkpoint = None
-    except Exception as error:  # any: wrong bytes can break these lines in any way
+    except Exception as error:  # any: PyTorch raises many kinds for wrong bytes
         raise UserError(f"{path} is damaged, or is no checkpoint") from error
     needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step", "data_id"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
@@ -1040,17 +1080,16 @@ class CheckpointSaver:
 
     def is_due(self, step, last_step):
         """Return whether it is time: at the start and the end, by updates, and by minutes."""
-        interval = self.cfg.checkpoint_interval
         minutes = self.cfg.checkpoint_minutes
         if step == self.saved_step:
             return False
-        if interval == 0 and minutes == 0:  # none but at a stop
+        if self.cfg.checkpoint_interval == 0 and minutes == 0:  # save at a stop only
             return False
         if step == 0 or last_step:
             return True
         if minutes > 0 and time.monotonic() - self.tried_at > 60 * minutes:
             return True
-        return is_due(interval, step, last_step)
+        return is_due(self.cfg.checkpoint_interval, step, last_step)
 
     def save(self, step, must_work):
         """Save log_dir/model_{step}.pt, and remove old ones.
@@ -1064,7 +1103,7 @@ class CheckpointSaver:
             try:
                 save_checkpoint(path, step, *self.state)
             except (OSError, RuntimeError) as error:
-                # PyTorch's writer makes a RuntimeError of the disk's error, which is its context.
+                # PyTorch's writer raises a RuntimeError; the disk's error is its context.
                 problem = f"{path} can't be saved: {one_line(error.__context__ or error)}"
                 print0(f"warning: {problem}", file=sys.stderr)
                 continue
@@ -1077,7 +1116,7 @@ class CheckpointSaver:
 
     def remove_old(self, step):
         """Remove old checkpoints. The newest keep_checkpoints stay, and each 5000th update's."""
-        # Later ones are damaged, and were passed over.
+        # A later one is damaged: --resume passed over it.
         saved = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
         for number in saved[self.cfg.keep_checkpoints :]:
             if number == 0 or number % KEPT_FOR_GOOD != 0:
@@ -1135,7 +1174,7 @@ def load_model(name, flag):
         return model_of(newest_checkpoint(name))
     if name not in OPENAI_SIZES and not os.path.isdir(name):
         raise UserError(f"{flag} {name} is neither a folder nor one of {', '.join(OPENAI_SIZES)}")
-    # What isn't GPT-2's can break transformers in any way.
+    # transformers may raise any error for what isn't GPT-2's.
     with blame(f"{flag} {name}", Exception):
         return GPT.from_pretrained(name)
 
@@ -1179,7 +1218,7 @@ def check_is_gpt2(config, report, name):
 # The machine
 
 
-def print0(*args, file=None, **kwargs):
+def print0(*args, file=None):
     """Print, in the first of torchrun's processes only.
 
     A run goes on when nobody can read what it prints any more: the terminal was closed, or the
@@ -1189,7 +1228,7 @@ def print0(*args, file=None, **kwargs):
         return
     stream = file or sys.stdout
     try:
-        print(*args, file=stream, flush=True, **kwargs)
+        print(*args, file=stream, flush=True)
     except OSError as error:  # a full disk, say, may take the next line again
         if error.errno in (errno.EPIPE, errno.EIO):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -1212,14 +1251,12 @@ def check_torchrun(resume):
 
 def meet_others(device, rank, world, timeout_minutes):
     """Let torchrun's processes meet: NCCL connects GPUs, Gloo connects CPUs. Raises UserError."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    timeout = timedelta(minutes=timeout_minutes)
     print(f"process {rank} waits for all {world} processes", file=sys.stderr, flush=True)
-    with blame(f"--timeout_minutes {timeout_minutes}: not all of {world} processes came",
-               dist.DistError):
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )
+    with blame(f"--timeout_minutes {timeout_minutes}: not all processes came", dist.DistError):
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
 
 
 def fingerprint(arrays):
@@ -1298,7 +1335,7 @@ def autocast(device, dtype):
 
 
 def prepare(device):
-    """Set up PyTorch for device, in every program that runs a model."""
+    """Get PyTorch ready for device."""
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1330,7 +1367,7 @@ def allow_open_files(count):
 def compile_model(model, wanted, device, dtype):
     """Return model, compiled if that is wanted and works, for a faster step.
 
-    wanted: True, False, or None: where it helps. On a CPU in float32 it doesn't.
+    wanted: True, False, or None: where it helps. On a CPU in float32 it helps little.
     A CPU needs a C++ compiler for it, a GPU Triton.
     """
     if wanted is None:
@@ -1398,11 +1435,11 @@ def expected_memory(model, B, T, dtype, world):
 
 
 def fitting_batch_size(model, T, total_batch_size, dtype, device, world):
-    """Return the micro-batch for this machine: 64, or less on a CPU, halved as often as needed.
+    """Return B for this machine: 64, or less on a CPU, halved until it fits.
 
-    It has to divide a process's rows of an update. A CPU is busy enough with 512 tokens; more would
-    only take more memory. On a GPU it has to fit into nine tenths of the memory, by an estimate for
-    eager mode.
+    It has to divide a process's rows of an update.
+    A CPU is busy enough with 512 tokens. More would only take more memory.
+    On a GPU it has to fit into nine tenths of the memory, by an estimate for eager mode.
     """
     rows = total_batch_size // (T * world)
     B = 64
@@ -1457,9 +1494,9 @@ class StopRequest:
             if int(os.environ.get("RANK", 0)) == 0:
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     # not print(), which may be the very thing that the signal interrupted
-                    os.write(2, b"asked to stop: after the next update, which is saved\n")
+                    os.write(2, b"asked to stop: after the next update, and its save\n")
         elif number == signal.SIGINT and now - self.requested_at > 1:  # torchrun sends it twice
-            os._exit(130)
+            raise KeyboardInterrupt
 
     def is_requested(self):
         """Return whether the run was asked to stop."""
@@ -1473,6 +1510,7 @@ class StopRequest:
 
 # -----------------------------------------------------------------------------
 # Settings, chosen and checked
+
 
 # What a run that goes on can't change: its model, and the order of its data
 FIXED = ("model", "init_from", "seq_len", "total_batch_size", "seed", "shuffle")
@@ -1517,26 +1555,23 @@ def choose_config(given, checkpoint, device):
         return TrainConfig(**(base | given))
 
     base = dict(data=given.get("data", fineweb.SHARDS))
-    no_shards = "data" not in given and not os.path.isdir(fineweb.SHARDS)
+    first_shard = os.path.join(fineweb.SHARDS, fineweb.shard_name(1))
+    no_shards = "data" not in given and not os.path.exists(first_shard)
     if no_shards:
         base["data"] = "input.txt"
-    if given.get("init_from", "scratch") == "scratch":
-        # With a GPU and shards: GPT-2 (124M). Otherwise the laptop's model.
-        is_large = device.type == "cuda" and os.path.isdir(base["data"])
-        base["model"] = given.get("model", "gpt2" if is_large else "laptop")
-    elif "model" in given:
-        raise UserError(f"--model {given['model']} and --init_from {given['init_from']} contradict "
-                        "each other: --model is for a new model; leave one of them out")
+    # With a GPU and shards: GPT-2 (124M). Otherwise the laptop's model.
+    is_large = device.type == "cuda" and os.path.isdir(base["data"])
+    base["model"] = "gpt2" if is_large else "laptop"
     settings = base | given
-    preset = preset_of(TrainConfig(**settings))
+    preset = settings["model"]
+    if given.get("init_from", "scratch") != "scratch":
+        preset = "fine-tune"
+        if "model" in given:
+            raise UserError(f"--model {given['model']} and --init_from {given['init_from']} "
+                            "contradict each other: --model is for a new model; leave one out")
     if no_shards:
-        print0(f"no {fineweb.SHARDS} here, so: the preset {preset} on input.txt")
+        print0(f"no shards in {fineweb.SHARDS}, so: the preset {preset} on input.txt")
     return TrainConfig(**(PRESETS[preset] | settings))
-
-
-def preset_of(cfg):
-    """Return the name of the preset for a run with cfg's model."""
-    return cfg.model if cfg.init_from == "scratch" else "fine-tune"
 
 
 def check_batch(model, B, T, total_batch_size, world):
@@ -1612,8 +1647,6 @@ def parse_flags(argv=None):
     flags = vars(options)
     given = {f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags}
     options.sampling = {f.name: flags[f.name] for f in fields(SampleConfig) if f.name in flags}
-    check_settings(given, TrainConfig)
-    check_settings(options.sampling, SampleConfig)
     return given, options
 
 
@@ -1630,12 +1663,14 @@ def load_asked_model(given):
 
 def write_samples(given, text, sampling):
     """Print continuations of text. sampling: the settings of SampleConfig that are given."""
+    check_settings(given, TrainConfig)
+    check_settings(sampling, SampleConfig)
     device = pick_device(given.get("device"))
     prepare(device)
     model = load_asked_model(given).to(device)
     settings = asdict(SampleConfig(**sampling))
     seed = given.get("seed", TrainConfig.seed)
-    texts = sample(model, text, seed=seed, show_bar=True, **settings)
+    texts = sample(model, text, seed=seed, cache=KVCache(model), **settings)
     print("\n---\n".join(texts))
 
 
@@ -1680,11 +1715,12 @@ def command():
     if options.sample is not None:
         with enough_memory("lower --num_samples"):
             write_samples(given, options.sample, options.sampling)
-    elif options.export is not None:
+        return
+    if options.export is not None:
         export(given, os.path.expanduser(options.export))
-    else:
-        with enough_memory("lower --batch_size"):
-            launch(given, options.resume)
+        return
+    with enough_memory("lower --batch_size"):
+        launch(given, options.resume)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,8 @@ def sampling():
 
     def cached():
         prompt = "Hello, I'm a language model,"  # 8 tokens
-        train_gpt2.sample(model, prompt, max_new_tokens=longest - 8)
+        cache = train_gpt2.KVCache(model)
+        train_gpt2.sample(model, prompt, max_new_tokens=longest - 8, cache=cache)
 
     return 8 * ratio(recompute, cached)
 
@@ -261,7 +262,7 @@ def resident():
         return int(re.search(r"RssAnon:\s+(\d+)", f.read())[1])
 before = resident()
 arrays, _ = train_gpt2.open_shards(sys.argv[1])
-loader = train_gpt2.DataLoaderLite(arrays, 64, 1024, seed=1)
+loader = train_gpt2.DataLoaderLite(arrays, 64, 1024, shuffle_seed=1)
 for _ in range(50):
     loader.next_batch()
 print(1000 * (resident() - before))

@@ -1,7 +1,9 @@
 """pytest's set-up: --history, and what several test files need."""
 import ctypes
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,7 @@ def pytest_xdist_auto_num_workers(config):
     """
     if config.getoption("--history"):
         return 0
-    return min(4, os.cpu_count())
+    return min(4, os.cpu_count() + 1)  # one more than cores, since some tests only wait
 
 
 def pytest_collection_modifyitems(config, items):
@@ -79,9 +81,21 @@ def repository(tmp_path):
 # A model and a run that are small enough for a test. SHAPE takes the place of the laptop's shape.
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16)
 SMALL = dict(
-    data="text.txt", model="laptop", batch_size=2, seq_len=16, total_batch_size=64, max_steps=6,
-    max_lr=1e-2, warmup_steps=1, weight_decay=0.1, dtype="float32", device="cpu", eval_interval=0,
-    sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0.0,
+    data="text.txt",
+    model="laptop",
+    batch_size=2,
+    seq_len=16,
+    total_batch_size=64,
+    max_steps=6,
+    max_lr=1e-2,
+    warmup_steps=1,
+    weight_decay=0.1,
+    dtype="float32",
+    device="cpu",
+    eval_interval=0,
+    sample_interval=0,
+    checkpoint_interval=0,
+    checkpoint_minutes=0.0,
 )
 
 
@@ -162,6 +176,22 @@ def run(tmp_path):
 def compiler(monkeypatch):
     """Let torch.compile compile, in this process and those that it starts."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+
+
+def heed_signals():
+    """Undo what a process would inherit: a shell's & ignores SIGINT, nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def forkserver():
+    """Return what starts processes by forking one that has imported what a run needs.
+
+    A start takes no time then. AdamW would import torch._dynamo.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_gpt2", "torch._dynamo"])
+    return context
 
 
 def damaged(data, cuts, flips):

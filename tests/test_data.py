@@ -13,7 +13,13 @@ from conftest import INPUT, ROOT, damaged, losses
 
 import fineweb
 import train_gpt2
-from train_gpt2 import DataLoaderLite, fingerprint, gpt2_encoding, load_data
+from fineweb import gpt2_encoding
+from train_gpt2 import (
+    DataLoaderLite,
+    fingerprint,
+    load_data,
+    load_text,
+)
 
 
 def write_shards(folder, documents=300, shard_size=3000):
@@ -38,7 +44,7 @@ def arrays(tmp_path):
 
 
 def test_input_txt():
-    arrays, val = load_data(INPUT)
+    arrays, val = load_text(INPUT)
     assert len(val) == 32_262  # the last tenth
     tokens = np.concatenate((*arrays, val))
     assert tokens.dtype == np.uint16
@@ -52,17 +58,17 @@ def test_input_txt():
 def test_a_text_becomes_tokens_in_little_memory():
     gpt2_encoding()
     tracemalloc.start()
-    load_data(INPUT)
+    load_text(INPUT)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5 * os.path.getsize(INPUT)  # a list of numbers would be more than twice that
 
 
-def load_text(tmp_path, data):
+def tokens_of(tmp_path, data):
     """Return the tokens that data, bytes, become as a text file, and what they stand for."""
     path = tmp_path / "my.txt"
     path.write_bytes(data)
-    arrays, val = load_data(str(path))
+    arrays, val = load_text(str(path))
     tokens = np.concatenate((*arrays, val))
     return tokens, gpt2_encoding().decode(tokens.tolist())
 
@@ -71,19 +77,19 @@ def test_end_of_text_separates_documents(tmp_path):
     first = "The quality of mercy is not strained."
     second = "It droppeth as the gentle rain from heaven."
     end = "<|endoftext|>"
-    tokens, text = load_text(tmp_path, f"{first}\n{end}\n{second}\n{end}\n".encode())
+    tokens, text = tokens_of(tmp_path, f"{first}\n{end}\n{second}\n{end}\n".encode())
     assert text == f"{first}{end}{second}"  # between them, without line breaks, and not at the end
     assert (tokens == 50256).sum() == 1
 
 
 def test_a_text_without_end_of_text_stays_as_it_is(tmp_path):
     text = "\r\n\n  One line.\r\n\tAnother one, naïve 東京.\n\n" * 3
-    assert load_text(tmp_path, text.encode())[1] == text
+    assert tokens_of(tmp_path, text.encode())[1] == text
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     text = "To be, or not to be, that is the question:\n" * 3
-    assert load_text(tmp_path, b"\xef\xbb\xbf" + text.encode())[1] == text
+    assert tokens_of(tmp_path, b"\xef\xbb\xbf" + text.encode())[1] == text
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -188,7 +194,8 @@ def test_unfinished_shards_are_warned_about(tmp_path, capsys):
     write_shards(tmp_path / "shards")
     load_data(tmp_path / "shards")
     assert capsys.readouterr().err == ""  # another program's shards
-    progress = dict(settings={}, shards=2, done=False)
+    progress = dict(settings={}, shards=2, tokens=0, document=0, place=0, skipped=0,
+                    first_skipped=None, done=False)
     fineweb.write_progress(tmp_path / "shards", progress)
     load_data(tmp_path / "shards")
     warning = capsys.readouterr().err
@@ -211,7 +218,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 before = resident()
 arrays, val = train_gpt2.load_data(sys.argv[1])
 train_gpt2.fingerprint([*arrays, val])
-loader = train_gpt2.DataLoaderLite(arrays, 64, 1024, seed=1)
+loader = train_gpt2.DataLoaderLite(arrays, 64, 1024, shuffle_seed=1)
 loader.next_row = 10**9
 x, y = loader.next_batch()
 print(*x.shape, loader.rows_per_epoch, resident() - before)  # it opens one more file
@@ -278,14 +285,21 @@ def first_tokens(loader, batches):
     return torch.cat([loader.next_batch()[0][:, 0] for _ in range(batches)]).tolist()
 
 
+def test_y_is_x_moved_on_by_one():
+    loader = DataLoaderLite(numbered(100), B=2, T=8)
+    x, y = loader.next_batch()
+    for batch in (x, y):
+        assert batch.shape == (2, 8)
+        assert batch.dtype == torch.int64
+        assert batch.is_contiguous()
+    assert x.flatten().tolist() == list(range(16))
+    assert torch.equal(y, x + 1)
+
+
 def test_batches_tile_the_text_and_the_epoch_wraps():
     loader = DataLoaderLite(numbered(100), B=2, T=8)  # 12 rows, and 3 tokens
     batches = [loader.next_batch() for _ in range(6)]
     for x, y in batches:
-        assert x.shape == y.shape == (2, 8)
-        assert x.dtype == y.dtype == torch.int64
-        assert x.is_contiguous()
-        assert y.is_contiguous()
         assert torch.equal(y, x + 1)
     assert torch.cat([x.flatten() for x, _ in batches]).tolist() == list(range(96))
     assert loader.next_row == loader.rows_per_epoch == 12
@@ -323,7 +337,7 @@ def test_a_token_that_is_none_of_gpt2s(fails):
 @pytest.mark.parametrize("B, world", [(1, 2), (1, 4), (3, 2)])
 @pytest.mark.parametrize("seed", [None, 7])
 def test_processes_read_what_one_would_in_the_same_order(B, world, seed):
-    one = DataLoaderLite(numbered(120), B, 8, seed=seed)
+    one = DataLoaderLite(numbered(120), B, 8, shuffle_seed=seed)
     loaders = [DataLoaderLite(numbered(120), B, 8, rank, world, seed) for rank in range(world)]
     for _ in range(40 // world):  # several epochs
         for loader in loaders:
@@ -345,7 +359,7 @@ def test_a_process_reads_no_row_of_another(arrays, monkeypatch):
     monkeypatch.setattr(DataLoaderLite, "read_row", watched)
     for rank in range(4):
         rows[rank] = []
-        loader = DataLoaderLite(arrays, 2, 15, rank, world=4, seed=7)
+        loader = DataLoaderLite(arrays, 2, 15, rank, world=4, shuffle_seed=7)
         loader.next_batch()
         loader.next_batch()
     assert rows == {rank: [2 * rank, 2 * rank + 1, 2 * rank + 8, 2 * rank + 9] for rank in range(4)}
@@ -385,19 +399,19 @@ def test_without_a_seed_shards_are_read_as_they_stand(arrays, world):
 @pytest.mark.parametrize("world", [1, 4])
 def test_shuffled_epochs(arrays, world):
     T = 15
-    loaders = [DataLoaderLite(arrays, 2, T, rank, world, seed=7) for rank in range(world)]
+    loaders = [DataLoaderLite(arrays, 2, T, rank, world, shuffle_seed=7) for rank in range(world)]
     expected = all_rows(arrays, T)
     first, second = read_epochs(loaders, 2)
     assert sorted(first) == sorted(second) == sorted(expected)  # each row once in an epoch
     assert first != second and expected not in (first, second)
-    (other,) = read_epochs([DataLoaderLite(arrays, 2, T, seed=8)], 1)
+    (other,) = read_epochs([DataLoaderLite(arrays, 2, T, shuffle_seed=8)], 1)
     assert other != first
 
 
 def test_one_shard_is_read_after_another():
     # the tokens of shard i are 1000 i .. 1000 i + 100
     arrays = [np.arange(1000 * i, 1000 * i + 101, dtype=np.uint16) for i in range(6)]
-    loader = DataLoaderLite(arrays, B=60, T=10, seed=7)
+    loader = DataLoaderLite(arrays, B=60, T=10, shuffle_seed=7)
     orders = []
     places_of_shard_0 = set()
     for _ in range(3):
@@ -415,10 +429,10 @@ def test_one_shard_is_read_after_another():
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_from_any_row_it_goes_on_there(arrays, seed):
-    loader = DataLoaderLite(arrays, 2, 15, seed=seed)
+    loader = DataLoaderLite(arrays, 2, 15, shuffle_seed=seed)
     batches = [loader.next_batch() for _ in range(loader.rows_per_epoch)]  # two epochs
     for place in (1, 77, loader.rows_per_epoch // 2, len(batches) - 1):
-        again = DataLoaderLite(arrays, 2, 15, seed=seed)
+        again = DataLoaderLite(arrays, 2, 15, shuffle_seed=seed)
         again.next_row = place * 2
         x, y = again.next_batch()
         assert torch.equal(x, batches[place][0])

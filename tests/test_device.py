@@ -7,8 +7,14 @@ from conftest import SMALL, flags
 
 import train_gpt2
 from train_gpt2 import (
-    GPT, GPTConfig, best_dtype, check_torchrun, expected_memory, fitting_batch_size, has_bfloat16,
-    pick_device
+    GPT,
+    GPTConfig,
+    best_dtype,
+    check_torchrun,
+    expected_memory,
+    fitting_batch_size,
+    has_bfloat16,
+    pick_device,
 )
 
 CPU = torch.device("cpu")
@@ -59,15 +65,24 @@ def test_a_run_that_torchrun_starts_again_has_to_resume(monkeypatch, fails):
 @pytest.mark.parametrize("gpus, mps, best", [
     (1, True, "cuda"), (0, True, "mps"), (0, False, "cpu"),
 ])
-def test_the_best_device_is_picked(monkeypatch, fails, gpus, mps, best):
+def test_the_best_device_is_picked(monkeypatch, gpus, mps, best):
     have_gpus(monkeypatch, gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert pick_device().type == best
+
+
+def test_a_device_that_is_named(monkeypatch):
+    have_gpus(monkeypatch, 1)
     assert pick_device("cpu") == CPU
-    if best != "cuda":
-        message = fails(pick_device, "cuda")
-        assert "--device cuda" in message
-        assert best in message
+
+
+@pytest.mark.parametrize("mps, best", [(True, "mps"), (False, "cpu")])
+def test_a_device_that_is_not_there(monkeypatch, fails, mps, best):
+    have_gpus(monkeypatch, 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    message = fails(pick_device, "cuda")
+    assert "--device cuda" in message
+    assert best in message
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch, fails):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # for python tests/test_fineweb.py
 
 import fineweb  # noqa: E402
 import hub  # noqa: E402
+from conftest import heed_signals  # noqa: E402
 from fineweb import gpt2_encoding  # noqa: E402
 
 PROGRAM = [sys.executable, str(ROOT / "fineweb.py")]
@@ -114,7 +115,7 @@ def endless(tmp_path):
     command = [*PROGRAM, "--files", *["long.txt"] * 2000, "--shard_size", "500000",
                "--workers", "1", "--out", "s"]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True,
-                               stderr=subprocess.PIPE, text=True)
+                               preexec_fn=heed_signals, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(workers_of(process)) == 1)
     yield process
     with suppress(ProcessLookupError):

@@ -113,6 +113,7 @@ def test_the_settings_of_each_way_to_start(tmp_path, monkeypatch, capsys, words,
     monkeypatch.chdir(tmp_path)
     if shards:
         (tmp_path / "edu_fineweb10B").mkdir()
+        (tmp_path / "edu_fineweb10B" / fineweb.shard_name(1)).touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     given, _ = parse_flags(words.split())

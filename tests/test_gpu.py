@@ -142,7 +142,7 @@ def test_20_updates_in_each_type_and_compiled(train, compiler):
 
 def test_a_batch_arrives_whole_while_the_gpu_works(small):
     arrays, _ = train_gpt2.load_data("text.txt")
-    loader = train_gpt2.DataLoaderLite(arrays, 4, 64, seed=1)
+    loader = train_gpt2.DataLoaderLite(arrays, 4, 64, shuffle_seed=1)
     expected = [loader.next_batch() for _ in range(40)]
     loader.next_row = 0
     a = torch.randn(2048, 2048, device=DEVICE)

@@ -2,7 +2,6 @@
 
     python tests/test_kill.py 50    # so many kills at random moments, a fifth as many within a save
 """
-import multiprocessing
 import os
 import random
 import shutil
@@ -16,10 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# A process that has imported torch, and forks those that train: each start takes no time.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train_gpt2", "torch._dynamo"])  # AdamW would import the second
-SHAPE = dict(n_layer=2, n_head=2, n_embd=16)
+from conftest import SHAPE, forkserver  # noqa: E402
+
+context = forkserver()
 FLAGS = (
     "--data text.txt --no-compile --model laptop --batch_size 2 --seq_len 16 "
     "--total_batch_size 64 --max_steps 16 --max_lr 1e-2 --warmup_steps 2 --dtype float32 "

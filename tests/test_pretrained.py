@@ -39,7 +39,7 @@ def test_gpt2_by_its_name(folder, monkeypatch, tmp_path):
     (tmp_path / "models--gpt2" / "refs" / "main").write_text("stand-in")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    ours = load_model("gpt2", "--init_from")
+    ours = GPT.from_pretrained("gpt2")
     difference = largest_difference(ours, GPT2LMHeadModel.from_pretrained("gpt2"))
     print(f"gpt2: largest difference to Hugging Face's logits: {difference:.1e}")
     assert difference < 1e-5

@@ -58,7 +58,7 @@ def test_every_command_has_settings_that_fit_its_number_of_processes(line, monke
 def test_every_flag_in_the_text_is_one():
     known = "".join((ROOT / name).read_text(encoding="utf-8") for name in PROGRAMS)
     git_and_torchrun = {
-        "help", "history", "first-parent", "reverse", "oneline",
+        "detach", "help", "history", "first-parent", "reverse", "oneline",
         "standalone", "nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint",
         "max-restarts", "shutdown-timeout", "signals-to-handle",
     }

@@ -5,9 +5,17 @@ import socket
 import pytest
 import torch
 
-from train_gpt2 import GPT, GPTConfig, draw_token, gpt2_encoding, sample
+import train_gpt2
+from fineweb import gpt2_encoding
+from train_gpt2 import (
+    GPT,
+    GPTConfig,
+    draw_token,
+    sample,
+)
 
 TINY = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32)
+VOCAB_SIZE = 50304  # 50257, and padding
 
 
 @pytest.fixture
@@ -38,7 +46,7 @@ class Score(torch.nn.Module):
     """In place of lm_head: it reads a token's id, and scores the id after it highest."""
 
     def forward(self, x):
-        gap = (torch.arange(50304) - x - 1) % 50257  # (N, 50304)
+        gap = (torch.arange(VOCAB_SIZE) - x - 1) % 50257  # (N, VOCAB_SIZE)
         logits = -0.1 * gap
         logits[..., 50257:] = 1000.0  # the padding screams
         return logits
@@ -48,12 +56,13 @@ class Rigged(GPT):
     """Scores token t + 1 highest after token t, then t + 2, and so on downwards."""
 
     def __init__(self):
-        super().__init__(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=1))
+        super().__init__(
+            GPTConfig(block_size=8, vocab_size=VOCAB_SIZE, n_layer=1, n_head=1, n_embd=1))
         for p in self.parameters():
             torch.nn.init.zeros_(p)  # now the block adds nothing, nor do the positions
         self.lm_head = Score()
         # A token's vector, of one number, is its id.
-        self.transformer.wte.weight.data = torch.arange(50304.0)[:, None]
+        self.transformer.wte.weight.data = torch.arange(float(VOCAB_SIZE))[:, None]
         self.transformer.ln_f = torch.nn.Identity()
 
 
@@ -109,7 +118,7 @@ def test_samples_repeat_and_leave_the_random_numbers_alone(model):
     assert sample(model, "Hello", num_samples=3, max_new_tokens=8, seed=43) != texts
 
 
-def test_the_same_tokens_as_without_a_cache(model):
+def test_the_same_texts_as_drawn_by_hand(model):
     prompt = "Once upon a time"
     texts = sample(model, prompt, max_new_tokens=30)  # and on, where the oldest drop out
     generator = torch.Generator().manual_seed(42)
@@ -128,3 +137,9 @@ def test_a_prompt_longer_than_block_size(model):
     short, = sample(model, " so" * 16, num_samples=1, max_new_tokens=3)  # what the model can read
     assert text.startswith(words)
     assert text[len(words):] == short[len(" so" * 16):]
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", " so" * 20])
+def test_a_cache_changes_no_text(model, prompt):
+    texts = sample(model, prompt, max_new_tokens=30)
+    assert sample(model, prompt, max_new_tokens=30, cache=train_gpt2.KVCache(model)) == texts

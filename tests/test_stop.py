@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,9 +13,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE
+from conftest import ROOT, SHAPE, forkserver, heed_signals
 
 import train_gpt2
+
+context = forkserver()
 
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
@@ -54,10 +57,61 @@ open(f"ended_{at}_{rank}", "w").close()
 """
 
 
-def heed_signals():
-    """Undo what a process would inherit: pytest-xdist ignores SIGINT, nohup SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def be_a_process(folder, words, at, rank, world, port, elsewhere):
+    """Be one of the processes of a run in folder: what torchrun would start, without torchrun."""
+    os.chdir(elsewhere or folder)
+    sys.stdout = sys.stderr = open(folder / f"out_{at}_{rank}.txt", "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    heed_signals()
+    os.environ["AT"] = str(at)
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                          LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    sys.argv = ["probe.py", *FLAGS, *words]
+    exec(PROBE, {})
+
+
+class Run:
+    """A run in a folder, of processes that are forked from one that has imported everything.
+
+    They start at once, where torchrun takes ten seconds.
+    """
+
+    def __init__(self, folder, *words, at="", processes=1, elsewhere=()):
+        write_text(folder)
+        port = free_port()
+        self.outs = [folder / f"out_{at}_{rank}.txt" for rank in range(processes)]
+        self.processes = []
+        for rank in range(processes):
+            place = dict(elsewhere).get(rank)
+            args = (folder, words, at, rank, processes, port, place)
+            self.processes.append(context.Process(target=be_a_process, args=args))
+            self.processes[-1].start()
+
+    def read(self):
+        """Return what the processes have printed so far."""
+        return "".join(out.read_text() for out in self.outs if out.exists())
+
+    def poll(self):
+        """Return None while they all run."""
+        return next((p.exitcode for p in self.processes if p.exitcode is not None), None)
+
+    def signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def end(self):
+        """Wait for the end of all. Return (what they printed, their exit statuses)."""
+        for process in self.processes:
+            process.join(100)
+        return self.read(), [process.exitcode for process in self.processes]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def write_text(folder):
@@ -86,8 +140,10 @@ def start(folder, *flags, at="", processes=1, script="probe.py", patience=3, by=
 
 
 def wait_for(path, process):
+    """Wait for a file that process, a Run or a Popen, makes."""
     while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
+        if process.poll() is not None:
+            pytest.fail(process.read() if isinstance(process, Run) else process.communicate()[0])
         time.sleep(0.01)
 
 
@@ -97,26 +153,33 @@ def workers(process):
     return [int(pid) for pid in done.stdout.split()]
 
 
-def stop(folder, at, name, processes, *flags):
+def stop(folder, at, name, processes, *words):
     """Start a run in folder, send it a signal where it waits, and return its output."""
-    process = start(folder, *flags, at=at, processes=processes, patience=60)
+    run = Run(folder, *words, at=at, processes=processes)
     for rank in range(processes):
-        wait_for(folder / f"waits_{at}_{rank}", process)
-    process.send_signal(getattr(signal, name))
-    out = ""
-    while "asked to stop" not in out:  # the request has arrived
-        out += process.stdout.readline()
-        assert process.poll() is None, out
+        wait_for(folder / f"waits_{at}_{rank}", run)
+    run.signal(getattr(signal, name))
+    while "asked to stop" not in run.read():  # the request has arrived
+        assert run.poll() is None, run.read()
+        time.sleep(0.01)
     (folder / f"go_{at}").touch()
-    out += process.communicate(timeout=100)[0]
+    out, statuses = run.end()
+    assert statuses == [0] * processes and "Traceback" not in out, out
     for rank in range(processes):
         assert (folder / f"ended_{at}_{rank}").exists(), out  # it ended well
-    if processes == 1:  # torchrun ends with a traceback and status 1 after a signal
-        assert process.returncode == 0 and "Traceback" not in out
     assert out.count("asked to stop") == 1
     done = re.search(r"^stopped after (\d+) of 40 updates.*--resume", out, re.M)
     assert done and f"saved log/model_{int(done[1]):05d}.pt\n" in out
     return out
+
+
+def resume_here(folder, capsys):
+    """Go on with the run in folder, in this process, to its end. Return what it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(train_gpt2.MODEL_SIZES, "laptop", SHAPE)
+        train_gpt2.launch(dict(device="cpu"), resume=True)
+    return capsys.readouterr().out
 
 
 def last_weights(folder):
@@ -151,10 +214,10 @@ def like(folder, log):
     return all(abs(float(a[2]) - float(b[2])) < 1e-4 for a, b in zip(ours, theirs))
 
 
-def test_a_signal_stops_the_run_and_leaves_no_trace(tmp_path, unbroken):
+def test_a_signal_stops_the_run_and_leaves_no_trace(tmp_path, unbroken, capsys):
     out = stop(tmp_path, "evaluation", "SIGINT", 1)
     assert "stopped after 1 of 40" in out  # the evaluation is finished, and the update behind it
-    out = start(tmp_path, "--resume").communicate(timeout=100)[0]
+    out = resume_here(tmp_path, capsys)
     assert "after 1 of 40 updates" in out and equals(tmp_path, unbroken)
 
 
@@ -173,14 +236,14 @@ def test_each_of_these_signals_is_a_request(name, capfd):
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path):
-    process = start(tmp_path, at=3)
-    wait_for(tmp_path / "waits_3_0", process)
-    process.send_signal(signal.SIGINT)
+    run = Run(tmp_path, at=3)
+    wait_for(tmp_path / "waits_3_0", run)
+    run.signal(signal.SIGINT)
     time.sleep(1.2)
-    assert process.poll() is None  # the step isn't done
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
-    assert "Traceback" not in process.stdout.read()
+    assert run.poll() is None  # the step isn't done
+    run.signal(signal.SIGINT)
+    out, statuses = run.end()
+    assert statuses == [130] and "Traceback" not in out
 
 
 def test_a_terminal_that_closes_leaves_no_trace(tmp_path, unbroken):
@@ -224,19 +287,23 @@ runpy.run_path("{ROOT / 'train_gpt2.py'}", run_name="__main__")
     assert process.communicate(timeout=100)[1] == "" and process.returncode == 130
 
 
-def test_another_number_of_processes_goes_on(tmp_path, unbroken):
-    stop(tmp_path, 9, "SIGTERM", 1)
+def test_another_number_of_processes_goes_on(tmp_path, unbroken, capsys):
+    # One process has done 20 updates when its machine fails.
+    log = unbroken[2] / "log"
+    (tmp_path / "log").mkdir()
+    shutil.copy(log / "log.txt", tmp_path / "log")
+    shutil.copy(log / "model_00020.pt", tmp_path / "log")
 
-    process = start(tmp_path, "--resume", at=17, processes=2)
-    wait_for(tmp_path / "waits_17_1", process)
-    os.kill(workers(process)[1], signal.SIGTERM)  # one is asked, and all stop
-    (tmp_path / "go_17").touch()
-    out = process.communicate(timeout=100)[0]
-    assert process.returncode == 0 and re.search(r"^stopped after 1[89] of 40", out, re.M), out
+    run = Run(tmp_path, "--resume", at=25, processes=2)
+    wait_for(tmp_path / "waits_25_1", run)
+    os.kill(run.processes[1].pid, signal.SIGTERM)  # one is asked, and all stop
+    (tmp_path / "go_25").touch()
+    out, statuses = run.end()
+    assert statuses == [0, 0] and re.search(r"^stopped after 2[67] of 40", out, re.M), out
 
-    stop(tmp_path, 28, "SIGINT", 4, "--resume")
-    out = start(tmp_path, "--resume").communicate(timeout=100)[0]
-    assert "after 29 of 40 updates" in out and like(tmp_path, unbroken[0])
+    stop(tmp_path, 33, "SIGINT", 4, "--resume")
+    out = resume_here(tmp_path, capsys)
+    assert "after 34 of 40 updates" in out and like(tmp_path, unbroken[0])
 
 
 def test_torchrun_starts_a_killed_process_again(tmp_path, unbroken):
@@ -255,11 +322,8 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, unbroken):
 
 def test_two_torchruns_start_a_killed_process_again(tmp_path, unbroken):
     """Two machines, as far as one can show them: each has a torchrun, and they meet by a port."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     meet = ["--nnodes=2", "--rdzv_id=test", "--rdzv_backend=c10d",
-            f"--rdzv_endpoint=127.0.0.1:{port}", "--max-restarts=3"]
+            f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--max-restarts=3"]
     words = ["--resume", "--checkpoint_interval", "5"]
     agents = [start(tmp_path, *words, at=12, launcher=[*TORCHRUN[:3], *meet]) for _ in range(2)]
     for rank in range(2):
@@ -285,39 +349,28 @@ def test_processes_that_find_different_checkpoints(tmp_path, unbroken):
         for number in checkpoints:
             name = f"log/model_{number:05d}.pt"
             os.link(unbroken[2] / name, folder / name)
-    move = "import os\nif os.environ['RANK'] == '1': os.chdir('other')\n"
-    (tmp_path / "probe2.py").write_text(move + PROBE)
-    process = start(tmp_path, "--resume", processes=2, script="probe2.py")
-    out = process.communicate(timeout=100)[0]
-    assert re.search(r"^probe2\.py: \[rank \d\] .*20.*--log_dir", out, re.M), out
+    run = Run(tmp_path, "--resume", processes=2, elsewhere={1: tmp_path / "other"})
+    out, statuses = run.end()
+    assert statuses == [2, 2]
+    assert re.search(r"^probe\.py: \[rank \d\] .*20.*--log_dir", out, re.M), out
 
 
 def test_a_partner_that_does_not_come(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    alone = ["env", "RANK=0", "WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}"]
-    process = start(tmp_path, "--timeout_minutes", "0.03", by=alone)
-    out = process.communicate(timeout=100)[0]
-    assert process.returncode == 2 and "Traceback" not in out
+    run = Run(tmp_path, "--timeout_minutes", "0.03", processes=2)
+    run.processes[1].kill()
+    out, statuses = run.end()
+    assert statuses[0] == 2 and "Traceback" not in out
     assert "waits for all 2 processes" in out
     assert re.search(r"^probe\.py: \[rank 0\] .*--timeout_minutes 0.03", out, re.M), out
 
 
 def test_nobody_waits_for_ever(tmp_path):
-    process = start(tmp_path, "--timeout_minutes", "0.05", "--max_steps", "100000",
-                    "--checkpoint_interval", "4", processes=2)
-    wait_for(tmp_path / "log" / "model_00004.pt", process)
-    waiting, hanging = workers(process)
-    os.kill(hanging, signal.SIGSTOP)
-    for _ in range(600):  # the one that waits ends by itself
-        state = subprocess.run(["ps", "-o", "stat=", "-p", str(waiting)], capture_output=True)
-        if state.stdout.strip()[:1] in (b"", b"Z"):
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("it still waits")
-    process.send_signal(signal.SIGTERM)  # torchrun itself waits for the one that hangs
-    os.kill(hanging, signal.SIGCONT)
-    process.communicate()
-    assert process.returncode != 0
+    run = Run(tmp_path, "--timeout_minutes", "0.05", "--max_steps", "100000",
+              "--checkpoint_interval", "4", processes=2)
+    wait_for(tmp_path / "log" / "model_00004.pt", run)
+    waiting, hanging = run.processes
+    os.kill(hanging.pid, signal.SIGSTOP)
+    waiting.join(60)
+    assert waiting.exitcode not in (None, 0)  # the one that waits ends by itself
+    hanging.kill()
+    run.end()

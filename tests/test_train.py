@@ -8,7 +8,13 @@ import torch
 from conftest import SMALL, losses
 
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
+from train_gpt2 import (
+    GPT,
+    GPTConfig,
+    TrainConfig,
+    configure_optimizer,
+    get_lr,
+)
 
 
 @pytest.fixture
