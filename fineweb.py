@@ -630,8 +630,8 @@ def one_line(error):
     return text[:300]
 
 
-def run_program(main):
-    """Call main(), and end this process: after a UserError with one line and status 2."""
+def run_program(function):
+    """Call function, and end this process: after a UserError with one line and status 2."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by >&-
             setattr(sys, name, open(os.devnull, "w"))
@@ -639,7 +639,7 @@ def run_program(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may not have all characters
     try:
-        main()
+        function()
         print(end="", flush=True)  # an error of standard output shows here
         return
     except UserError as error:

@@ -395,7 +395,7 @@ class DataLoaderLite:
     Each row comes with the token behind it, the last one's target.
     An epoch is one pass over all rows of all arrays. The tokens left over at an array's end, too
     few for a row, are never read.
-    B rows are a micro-batch: what a process computes at once.
+    B rows are a micro-batch: what is computed at once.
     The processes take turns: the first B rows are process 0's, the next B process 1's, and so on.
     So together they read what one process would, in the same order.
     shuffle_seed: each epoch's order of rows comes from it. With None they stay as they are.
@@ -492,7 +492,7 @@ class TrainConfig:
     warmup_steps: int = setting(715, "updates until the rate is max_lr", zero_ok=True)
     max_lr: float = setting(6e-4, "the learning rate's peak; then it falls to a tenth")
     weight_decay: float = setting(0.1, "AdamW's decay of the matrices", zero_ok=True)
-    grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this one")
+    grad_clip: float = setting(1.0, "a gradient with a larger norm is scaled down to this norm")
 
     eval_interval: int = setting(250, "updates between validation losses; 0: none", zero_ok=True)
     val_tokens: int = setting(20 * 2**19, "tokens that the validation loss is measured on")
@@ -558,7 +558,7 @@ def get_lr(step, cfg):
     along half a cosine to a tenth of max_lr at the last update.
     """
     min_lr = 0.1 * cfg.max_lr
-    warmup_steps = max(cfg.warmup_steps, 1)
+    warmup_steps = max(cfg.warmup_steps, 1)  # 0 would be a division by 0
     update = step + 1  # counted from 1: update warmup_steps has max_lr, the last one min_lr
     if update <= warmup_steps:
         return cfg.max_lr * update / warmup_steps
@@ -760,7 +760,7 @@ def main(given, resume, device, rank, world, stop):
             # backward() adds to the gradients that are there. That gives the gradient of the sum of
             # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
-            loss_accum += loss.detach()
+            loss_accum += loss.detach()  # the number without its gradient
             scaler.scale(loss).backward()  # larger: float16 makes 0 of small gradients
             # Fetch the next batch here, while a GPU still computes this one.
             x, y = fetch_batch(loader, device)
@@ -1291,7 +1291,7 @@ def pick_device(name=None):
     usable = []
     if torch.cuda.is_available():
         usable.append("cuda")
-    if torch.backends.mps.is_available() and local_world == 1:
+    if torch.backends.mps.is_available() and local_world == 1:  # processes can't share it
         usable.append("mps")
     usable.append("cpu")
     if name is None:
@@ -1530,7 +1530,7 @@ def check_settings(given, config):
             continue
         if value == 0 and rule["zero_ok"]:
             continue
-        if not 0 < value < 2**63:  # 2**63 is more than PyTorch takes; nan and inf fail too
+        if not 0 < value < 2**63:  # PyTorch takes less than 2**63; nan is never in between
             least = "0 or more" if rule["zero_ok"] else "more than 0"
             raise UserError(f"--{name} {value} has to be a number, {least}")
 
@@ -1608,7 +1608,7 @@ def add_flags(group, config):
     for f in fields(config):
         default = "what suits the machine" if f.default is None else f.default
         text = f"{f.metadata['meaning']} [{default}]"
-        kind = f.type
+        kind = f.type  # argparse calls it with the text of the flag
         if kind is str:  # a shell leaves the ~ of --data=~/my.txt as it is
             kind = os.path.expanduser
         if f.metadata["choices"] is not None:

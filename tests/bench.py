@@ -150,7 +150,7 @@ def step():
 
 @torch.no_grad()
 def one_at_a_time(model, example):
-    """Return an example's four mean losses as the lecture first computed them, (4,).
+    """Return an example's four mean losses, computed the simple way, (4,).
 
     They take four whole rows, and every logit of each.
     """

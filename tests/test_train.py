@@ -244,14 +244,24 @@ def test_the_steps_line_where_the_peak_is_known(small, capsys, monkeypatch):
         assert percent == pytest.approx(100 * flops * float(match[3]) / 1e12, abs=0.06)
 
 
-def test_the_first_lines_say_what_where_how_long_and_how_to_stop(train):
+def test_the_first_lines_of_a_run(train):
     model, out = train(max_steps=5)
     beginning = out[: out.index("step ")]
     parameters = sum(p.numel() for p in model.parameters())
     tokens = 5 * 64
     for word in (
-        "laptop", f"{parameters:,}", "text.txt", "cpu", "float32", "5 updates", "64 tokens",
-        "2 micro-batches of 2 x 16", "FLOPs", "Ctrl-C", "--resume", "log/",
+        f"{parameters:,}",
+        "text.txt",
+        "cpu",
+        "float32",
+        "5 updates",
+        "64 tokens",
+        "2 micro-batches of 2 x 16",
+        "laptop",
+        "log/",
+        "Ctrl-C",
+        "--resume",
+        "FLOPs",
     ):
         assert word in beginning, word
     train_data, _ = train_gpt2.load_data("text.txt")
