@@ -288,7 +288,7 @@ def finish(args, progress):
 
 # -------------------------------------------------------------------------------------------------
 # Reading documents. A document is (origin, text). origin is its place, for messages, such as
-# "a.jsonl, line 3".
+# "HuggingFaceFW/fineweb-edu, row 3".
 # text should be a str. Anything else is skipped.
 
 
@@ -315,7 +315,7 @@ def read_txt(path):
 
 def read_jsonl(path):
     """Yield the documents of a file with a JSON object on each line, {"text": ...}."""
-    with open(path, "rb") as f:  # opened as text, one bad byte would end the whole file
+    with open(path, "rb") as f:  # as bytes: each line is decoded by itself
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -371,7 +371,7 @@ def read_hub(args, first):
     with blame(f"--dataset {args.dataset}", Exception, advice):
         dataset = load_dataset(args.dataset, args.name, split="train", streaming=args.stream)
         dataset = dataset.select_columns("text")
-        if not args.stream and first == len(dataset):  # skip() would raise an IndexError
+        if not args.stream and first == len(dataset):  # all are done; skip() would raise
             return
         number = first
         for rows in dataset.skip(first).iter(batch_size=128):
@@ -559,8 +559,8 @@ def atomic_write(path, unfinished=None):
     """
     unfinished = unfinished or f"{path}.tmp"
     try:
-        # A large buffer, since torch.save, in train_gpt2.py, writes in small pieces. np.save goes
-        # past the buffer of a "wb" file, and then a disk's error doesn't say which one it is.
+        # A large buffer, since torch.save, in train_gpt2.py, writes in small pieces. With "wb"
+        # np.save would write past the buffer, and a full disk would be an error without a reason.
         with open(unfinished, "wb+", buffering=2**20) as f:
             yield f
             f.flush()

@@ -69,7 +69,8 @@ def download(path=PATH, url=URL, sha256=SHA256):
     """
     if os.path.exists(path):
         return
-    by_hand = f"save it as {path} by hand (a run can do without: --hellaswag_interval 0)"
+    by_hand = f"save it as {path} by hand"
+    by_hand += " (a run can do without: --hellaswag_interval 0)"
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             data = answer.read()
@@ -106,7 +107,7 @@ def read_examples(path):
         for number, line in enumerate(f, start=1):
             try:
                 example = json.loads(line)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError):  # RecursionError: lists in lists in lists ...
                 example = None
             if not is_example(example):
                 raise UserError(f"{path}, line {number}: an example of HellaSwag has ctx, four "
@@ -154,8 +155,9 @@ def render_all(examples, block_size):
     rendered = [render(example) for example in examples]
     longest = max(example.tokens.shape[1] for example in rendered)
     if longest > block_size:
-        raise UserError(f"HellaSwag's longest example has {longest} tokens, and the model reads "
-                        f"{block_size} (a run can do without: --hellaswag_interval 0)")
+        message = f"HellaSwag's longest example has {longest} tokens, the model reads {block_size}"
+        message += " (a run can do without: --hellaswag_interval 0)"
+        raise UserError(message)
     return rendered
 
 
@@ -233,7 +235,7 @@ def ending_losses(model, examples, show_bar=False):
     device = next(model.parameters()).device
     tokens_at_once = 2**11 if device.type == "cpu" else 2**14  # a GPU needs more to be busy
     losses = torch.empty(len(examples), 4)
-    hide = None if show_bar else True  # None hides it where standard error is no terminal
+    hide = None if show_bar else True  # tqdm: None shows a bar on a terminal only
     with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=hide) as bar:
         for indices in make_batches(examples, tokens_at_once):
             tokens, mask = stack([examples[i] for i in indices])
@@ -293,14 +295,15 @@ def format_accuracy(name, right, n):
 
 def main(argv=None):
     """Score a model and print its accuracies. Raises UserError when that can't be done."""
-    import train_gpt2  # here and not at the top, since train_gpt2 imports this file
+    import train_gpt2  # not at the top, so that train_gpt2 may import this file
 
     models = ", ".join(train_gpt2.OPENAI_SIZES)
     expanded = os.path.expanduser  # a shell leaves the ~ of --data=~/x as it is
     parser = Parser(description="Score a GPT-2 on HellaSwag's validation set.")
     parser.add_argument("-m", "--model", type=expanded, default="gpt2",
-                        help=f"{models}, a run's folder, a checkpoint (.pt), or a folder in "
-                        "Hugging Face's format")
+                        help=f"{models}, "
+                        "a run's folder, a checkpoint (.pt), "
+                        "or a folder in Hugging Face's format")
     parser.add_argument("-d", "--device", choices=("cuda", "mps", "cpu"),
                         help="by default the best that is there")
     parser.add_argument("--data", type=expanded,

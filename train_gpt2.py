@@ -1,6 +1,6 @@
 """Train GPT-2 (124M) from scratch: the model, its data, the recipe and the training loop.
 
-    python train_gpt2.py                                     # one GPU, or else none
+    python train_gpt2.py                                     # on one GPU, or on the CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
     python train_gpt2.py --resume                            # go on from the newest checkpoint
     python train_gpt2.py --sample "Once upon a time"         # let the newest checkpoint write
@@ -165,7 +165,7 @@ class GPT(nn.Module):
         """
         # Each layer adds two outputs of c_proj to the residual stream, N = 2 * n_layer in all. A
         # sum of N independent numbers has sqrt(N) times the standard deviation of one. So c_proj
-        # starts 1 / sqrt(N) as large (GPT-2's paper, section 2.3).
+        # starts smaller, by the factor 1 / sqrt(N) (GPT-2's paper, section 2.3).
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         """
         import transformers  # slow to import, and needed only here
 
-        transformers.logging.set_verbosity_error()  # what matters is checked below
+        transformers.logging.set_verbosity_error()  # what doesn't fit is refused below
         transformers.logging.disable_progress_bar()
         # The report says what is missing or has a wrong shape. check_is_gpt2 looks at it.
         source, report = transformers.GPT2LMHeadModel.from_pretrained(
@@ -320,7 +320,7 @@ def load_text(path):
     <|endoftext|> in it separates documents. Raises UserError.
     """
     if not os.path.exists(path):
-        raise UserError(f"--data {path}: there is no such file or folder in {os.getcwd()}")
+        raise UserError(f"--data {path}: not found in {os.getcwd()}")
     if path.endswith((".jsonl", ".parquet")):
         raise UserError(f"--data {path}: it is no plain text; python fineweb.py --files {path} "
                         "--out FOLDER makes shards of it, and --data FOLDER trains on them")
@@ -411,6 +411,7 @@ class DataLoaderLite:
         self.world = world
         self.shuffle_seed = shuffle_seed
         self.next_row = first_row
+        # - 1: behind a row there has to be one token more, its last target
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
         self.rows_per_epoch = sum(self.rows_per_array)
         if self.rows_per_epoch == 0:
@@ -591,13 +592,13 @@ def evaluate(model, tokens, B, T, rank=0, world=1):
 
     tokens: (n,) uint16. They are cut into rows of T, and batches of B rows. The processes take
     turns with the batches, so the result is the same, up to rounding, for any number of them.
-    GPT has no dropout, so model.eval() would change nothing.
+    GPT has no dropout (random zeros while it trains), so model.eval() would change nothing.
     """
     device = next(model.parameters()).device
     batch = B * T  # tokens
     starts = range(rank * batch, len(tokens) - 1, world * batch)
     total = 0.0
-    hide = None if rank == 0 else True  # None: hide it where standard error is no terminal
+    hide = None if rank == 0 else True  # tqdm: None shows a bar on a terminal only
     for start in tqdm(starts, desc="validation", leave=False, disable=hide):
         part = torch.from_numpy(tokens[start : start + batch + 1].astype(np.int64))
         count = len(part) - 1  # less in the last batch
@@ -628,8 +629,9 @@ def mean_token_bytes(tokens):
 # The run
 
 
-# So many bad updates in a row end the run. The first ones of float16 don't count: its scaler begins
-# too high, and each bad update halves its scale. For other types the scale is always 1.
+# So many bad updates in a row end the run.
+# In float16 only when the scaler's scale is down to 1. Until then a bad update is usual, and
+# halves the scale. For other types the scale is always 1.
 TOO_MANY_SKIPPED = 5
 
 
@@ -637,7 +639,7 @@ def launch(given, resume=False):
     """Train a model and return it: choose the device, meet the other processes, then call main().
 
     given: the settings that you choose, {name: value}. The others come from a preset.
-    resume: go on from the newest checkpoint, with its settings; where there is none, begin.
+    resume: go on from the newest checkpoint; where there is none, begin.
     Raises UserError when something can't work.
     """
     check_settings(given, TrainConfig)
@@ -756,7 +758,7 @@ def main(given, resume, device, rank, world, stop):
             if world > 1:
                 train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast(device, dtype):
-                loss = train_model(x, y)[1]  # only the loss: the logits take much memory
+                loss = train_model(x, y)[1]  # keep no name for the large logits
             # backward() adds to the gradients that are there. That gives the gradient of the sum of
             # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
@@ -772,7 +774,7 @@ def main(given, resume, device, rank, world, stop):
         sums = torch.stack((loss_accum, asked))
         if world > 1:
             dist.all_reduce(sums)
-        loss_sum, num_asked = sums.tolist()  # waits until the GPU is done: dt is right
+        loss_sum, num_asked = sums.tolist()  # waits for the GPU, so that dt is right
         mean_loss = loss_sum / world
 
         # A number that isn't finite would make every weight NaN, for good. So skip the update.
@@ -810,7 +812,10 @@ def main(given, resume, device, rank, world, stop):
 
 
 def is_due(interval, step, last_step):
-    """Return whether it is time: before every `interval`-th update, and at the end. 0: never."""
+    """Return whether it is time: after 0, interval, 2 * interval, ... updates, and at the end.
+
+    An interval of 0 means never.
+    """
     return interval > 0 and (step % interval == 0 or last_step)
 
 
@@ -998,7 +1003,8 @@ def restore(checkpoint, cfg, data_id, optimizer, scaler):
     if checkpoint["data_id"] != data_id:
         raise UserError(f"--data {cfg.data}: the run in {cfg.log_dir} was begun with other data; "
                         "give those, or leave out --resume to begin anew")
-    # AdamW's averages are the checkpoint's. The rate and the decay are this run's.
+    # AdamW's averages (state) are the checkpoint's. The rate and the decay (param_groups) are this
+    # run's.
     state = optimizer.state_dict()
     state["state"] = checkpoint["optimizer"]["state"]
     optimizer.load_state_dict(state)
@@ -1014,7 +1020,7 @@ def load_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch's format
             # Compare checksums. torch.load would take a flipped bit for a weight.
-            if archive.testzip() is not None:
+            if archive.testzip() is not None:  # it names the first part that is damaged
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -1083,7 +1089,7 @@ class CheckpointSaver:
         minutes = self.cfg.checkpoint_minutes
         if step == self.saved_step:
             return False
-        if self.cfg.checkpoint_interval == 0 and minutes == 0:  # save at a stop only
+        if self.cfg.checkpoint_interval == 0 and minutes == 0:  # only at a stop, then
             return False
         if step == 0 or last_step:
             return True
@@ -1103,7 +1109,8 @@ class CheckpointSaver:
             try:
                 save_checkpoint(path, step, *self.state)
             except (OSError, RuntimeError) as error:
-                # PyTorch's writer raises a RuntimeError; the disk's error is its context.
+                # PyTorch's writer raises a RuntimeError while it handles the disk's error, which is
+                # then the context.
                 problem = f"{path} can't be saved: {one_line(error.__context__ or error)}"
                 print0(f"warning: {problem}", file=sys.stderr)
                 continue
@@ -1187,11 +1194,11 @@ def check_is_gpt2(config, report, name):
     expected = dict(
         model_type="gpt2",
         vocab_size=50257,
-        activation_function="gelu_new",
+        activation_function="gelu_new",  # the formula with tanh
         layer_norm_epsilon=1e-5,
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
+        tie_word_embeddings=True,  # one matrix for wte and lm_head
     )
     for key, value in expected.items():
         found = getattr(config, key)
@@ -1230,7 +1237,7 @@ def print0(*args, file=None):
     try:
         print(*args, file=stream, flush=True)
     except OSError as error:  # a full disk, say, may take the next line again
-        if error.errno in (errno.EPIPE, errno.EIO):
+        if error.errno in (errno.EPIPE, errno.EIO):  # no reader, no terminal: print to nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -1273,7 +1280,7 @@ def check_agreement(world, **values):
     if world == 1:
         return
     found = [None] * world
-    dist.all_gather_object(found, values)
+    dist.all_gather_object(found, values)  # every process gets the values of all
     for name in values:
         answers = [other[name] for other in found]
         if len(set(answers)) > 1:
@@ -1314,7 +1321,7 @@ def has_bfloat16(device):
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     features = torch.cpu.get_capabilities()
-    names = ("avx512_bf16", "amx_bf16", "bf16")  # Intel and AMD, Intel, Arm
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # Intel and AMD; Intel; Arm
     return any(features.get(name, False) for name in names)
 
 
@@ -1338,7 +1345,7 @@ def prepare(device):
     """Get PyTorch ready for device."""
     torch.set_float32_matmul_precision("high")  # TF32, where the hardware has it
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # where new tensors and NCCL go
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -1347,7 +1354,7 @@ def keep_freed_memory():
     """Tell glibc to keep large freed blocks. A third of a step was spent on getting them anew."""
     if sys.platform != "linux":
         return
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None)  # what this process has loaded already, glibc among it
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap, whose memory goes back when it is freed
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the end of the heap
@@ -1376,7 +1383,7 @@ def compile_model(model, wanted, device, dtype):
         return model
     if device.type == "cpu":  # so that a compiled run, too, repeats bit for bit
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # NaN in it only costs time
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
@@ -1417,7 +1424,7 @@ def flops_per_token(model, T):
 
 
 def expected_memory(model, B, T, dtype, world):
-    """Return about how many bytes training takes at its peak, in eager mode.
+    """Return about how many bytes training takes at its peak, not compiled.
 
     The numbers were counted on a CPU. torch.compile needs less.
     """
@@ -1439,7 +1446,7 @@ def fitting_batch_size(model, T, total_batch_size, dtype, device, world):
 
     It has to divide a process's rows of an update.
     A CPU is busy enough with 512 tokens. More would only take more memory.
-    On a GPU it has to fit into nine tenths of the memory, by an estimate for eager mode.
+    On a GPU it has to fit into nine tenths of the memory, by an estimate.
     """
     rows = total_batch_size // (T * world)
     B = 64
@@ -1456,11 +1463,11 @@ def fitting_batch_size(model, T, total_batch_size, dtype, device, world):
 
 @contextlib.contextmanager
 def enough_memory(advice):
-    """Turn an error about memory into a UserError with an advice."""
+    """Turn an error about memory into a UserError with this advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # A CPU's allocator raises no error of its own kind.
+        # On a CPU it is a plain RuntimeError, which only its text tells from others.
         kinds = (torch.OutOfMemoryError, MemoryError)
         if isinstance(error, kinds) or "DefaultCPUAllocator" in str(error):
             reason = (str(error) or repr(error)).splitlines()[0]
@@ -1530,7 +1537,7 @@ def check_settings(given, config):
             continue
         if value == 0 and rule["zero_ok"]:
             continue
-        if not 0 < value < 2**63:  # PyTorch takes less than 2**63; nan is never in between
+        if not 0 < value < 2**63:  # PyTorch's integers end at 2**63. nan is refused too.
             least = "0 or more" if rule["zero_ok"] else "more than 0"
             raise UserError(f"--{name} {value} has to be a number, {least}")
 
@@ -1609,7 +1616,7 @@ def add_flags(group, config):
         default = "what suits the machine" if f.default is None else f.default
         text = f"{f.metadata['meaning']} [{default}]"
         kind = f.type  # argparse calls it with the text of the flag
-        if kind is str:  # a shell leaves the ~ of --data=~/my.txt as it is
+        if kind is str:  # the text, with ~ replaced: a shell leaves that of --data=~/my.txt
             kind = os.path.expanduser
         if f.metadata["choices"] is not None:
             text += f": {', '.join(f.metadata['choices'])}"
@@ -1681,7 +1688,7 @@ def export(given, folder):
     """
     model = load_asked_model(given)
     import transformers  # slow to import, and needed only here
-    from safetensors import SafetensorError  # what the disk's errors become
+    from safetensors import SafetensorError  # it turns the disk's errors into this
 
     transformers.logging.disable_progress_bar()
     c = model.config
@@ -1695,7 +1702,7 @@ def export(given, folder):
             weight = weight.t()
         elif name in ("transformer.wte.weight", "lm_head.weight"):
             weight = weight[:50257]
-        weights[name] = weight.contiguous()
+        weights[name] = weight.contiguous()  # .t() is only another view of the numbers
     theirs = transformers.GPT2LMHeadModel(config)
     theirs.load_state_dict(weights)
     with blame(f"--export {folder}", (OSError, SafetensorError)):

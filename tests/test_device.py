@@ -1,9 +1,12 @@
 """Where the program runs, and what it finds out about the machine."""
+import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, flags
+from conftest import ROOT, SMALL, flags
 
 import train_gpt2
 from train_gpt2 import (
@@ -122,6 +125,26 @@ def test_float16_on_a_gpu_without_bfloat16(monkeypatch, hardware, name):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     assert has_bfloat16(CUDA) is hardware
     assert best_dtype(CUDA) == name
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
+                    reason="it is glibc's setting")
+def test_on_a_cpu_freed_memory_stays_with_the_process():
+    code = """
+import re, torch, train_gpt2
+
+def resident():  # in kB
+    with open("/proc/self/status") as f:
+        return int(re.search(r"VmRSS:\\s+(\\d+)", f.read())[1])
+
+train_gpt2.prepare(torch.device("cpu"))
+before = resident()
+x = torch.ones(25_000_000)  # 100 MB
+del x
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) > 90_000, done.stderr
 
 
 @pytest.fixture

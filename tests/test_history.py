@@ -142,6 +142,21 @@ def test_step(step, tmp_path):
     replay(ROOT, step, tmp_path)
 
 
+@pytest.mark.history
+def test_a_steps_tests_are_an_exercise(tmp_path):
+    """README says how: they are red in the tree before the step, and green when it is written."""
+    clone = tmp_path / "clone"
+    git("clone", "-q", str(ROOT), str(clone))
+    git("switch", "-q", "--detach", ":/^2.4 ", cwd=clone)
+    git("checkout", "-q", ":/^2.5 ", "--", "tests", cwd=clone)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_model.py"]
+    before = subprocess.run(command, cwd=clone, capture_output=True, text=True).stdout
+    assert re.search(r"^\d+ failed, \d+ passed", before, re.M), before
+    git("checkout", "-q", ":/^2.5 ", "--", "train_gpt2.py", cwd=clone)
+    after = subprocess.run(command, cwd=clone, capture_output=True, text=True).stdout
+    assert re.search(r"^\d+ passed", after, re.M), after
+
+
 # The replay itself, on small histories that are made for it
 
 MESSAGE = "{}\n\nRun: python hello.py\nExpect: {}"
