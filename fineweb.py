@@ -250,14 +250,14 @@ def write_shards(results, args, progress):
     """Write the shards of results: lists of (origin, tokens), from progress's `document` on."""
     writer = ShardWriter(args.out, args.shard_size, progress)
     limit = args.max_tokens or sys.maxsize
-    seen = progress["tokens"] - progress["place"]  # tokens of the documents before it
+    seen = progress["tokens"] - progress["place"]  # a document that was cut is counted anew
     with tqdm(unit=" tokens", unit_scale=True, total=args.max_tokens, initial=seen) as bar:
         for batch in results:
             for origin, tokens in batch:
                 if tokens is None:
                     progress["skipped"] += 1
                     progress["first_skipped"] = progress["first_skipped"] or origin
-                    tokens = np.empty(0, dtype=np.uint16)  # it still counts as a document
+                    tokens = np.empty(0, dtype=np.uint16)  # an empty document
                 tokens = tokens[: limit - seen]
                 seen += len(tokens)
                 writer.add(tokens)
@@ -466,7 +466,7 @@ def start_workers(count):
 def prepare_worker():
     """Get this worker process ready: load the tokenizer, and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()  # daemon: it ends with the worker
     gpt2_encoding()
 
 
@@ -541,7 +541,7 @@ def is_finished(folder):
     """Return whether fineweb.py has finished in folder, as far as its progress.json can tell."""
     try:
         progress = read_progress(folder)
-    except UserError:
+    except UserError:  # a damaged note can't tell: no warning then
         return True
     return progress is None or progress["done"]
 
@@ -560,7 +560,7 @@ def atomic_write(path, unfinished=None):
     unfinished = unfinished or f"{path}.tmp"
     try:
         # A large buffer, since torch.save, in train_gpt2.py, writes in small pieces. With "wb"
-        # np.save would write past the buffer, and a full disk would be an error without a reason.
+        # NumPy writes past f, and its error at a full disk doesn't say that the disk is full.
         with open(unfinished, "wb+", buffering=2**20) as f:
             yield f
             f.flush()
@@ -633,14 +633,14 @@ def one_line(error):
 def run_program(function):
     """Call function, and end this process: after a UserError with one line and status 2."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by >&-
+        if getattr(sys, name) is None:  # the shell closed it, by >&-
             setattr(sys, name, open(os.devnull, "w"))
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may not have all characters
     try:
         function()
-        print(end="", flush=True)  # an error of standard output shows here
+        print(end="", flush=True)  # write what is in the buffer: an error is caught here
         return
     except UserError as error:
         status = 2

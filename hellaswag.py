@@ -289,7 +289,7 @@ def format_example(example, losses):
 def format_accuracy(name, right, n):
     """Return a line of text: the share of n answers that is right, +- its standard error."""
     p = right / n
-    standard_error = math.sqrt(p * (1 - p) / max(1, n - 1))
+    standard_error = math.sqrt(p * (1 - p) / max(1, n - 1))  # n - 1: p comes from the same answers
     return f"  {name:25s} {p:.4f} +- {standard_error:.4f}"
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import fineweb
 import hellaswag
-# A UserError ends the program with one line. blame() turns another error into one.
+# A UserError ends the program with one line. blame() turns other errors into UserErrors.
 from fineweb import UserError, blame, gpt2_encoding, one_line
 
 # -----------------------------------------------------------------------------
@@ -63,8 +63,9 @@ class CausalSelfAttention(nn.Module):
 
     Each token makes a query, a key and a value. The dot products of its query with its own key and
     with those of the tokens before it are scores. A softmax turns them into shares. The result is
-    the sum of the values, each times its share. This is multi-head attention, as in "Attention Is
-    All You Need" (2017), section 3.2. Raises ValueError when n_embd is not a multiple of n_head.
+    the average of the values, weighted by the shares. This is multi-head attention, as in
+    "Attention Is All You Need" (2017), section 3.2. Raises ValueError when n_embd is not a multiple
+    of n_head.
     """
 
     def __init__(self, config):
@@ -80,12 +81,12 @@ class CausalSelfAttention(nn.Module):
         hs = C // self.n_head
         qkv = self.c_attn(x)  # (B, T, 3 * C)
         q, k, v = qkv.split(C, dim=2)  # (B, T, C) each
-        # Cut the width into heads and move them beside B: each head works alone.
+        # Cut the width into heads. Beside B they are like a batch: each head is computed by itself.
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         # softmax(q @ k^T / sqrt(hs)) @ v, where is_causal hides later tokens. GPUs and CPUs compute
-        # it in tiles (flash attention), so that the T x T scores never stand in memory.
+        # it in tiles (flash attention), so the T x T scores are never stored whole.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -145,7 +146,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # A ModuleDict, since the names are transformer.wte.weight and so on
+        # A ModuleDict gives the names that Hugging Face uses: transformer.wte.weight and so on.
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # a row for each token
             wpe=nn.Embedding(config.block_size, config.n_embd),  # a row for each position
@@ -208,8 +209,8 @@ class GPT(nn.Module):
         if targets is not None:
             # (B * T, vocab_size) and (B * T,): one example a row
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            # The logits are only looked at. torch.compile would make a gradient for them, (B, T,
-            # vocab_size) zeros.
+            # No gradient comes back through the logits. Otherwise torch.compile would make one,
+            # (B, T, vocab_size) zeros.
             logits = logits.detach()
         return logits, loss
 
@@ -222,7 +223,7 @@ class GPT(nn.Module):
         """
         import transformers  # slow to import, and needed only here
 
-        transformers.logging.set_verbosity_error()  # what doesn't fit is refused below
+        transformers.logging.set_verbosity_error()  # no warnings
         transformers.logging.disable_progress_bar()
         # The report says what is missing or has a wrong shape. check_is_gpt2 looks at it.
         source, report = transformers.GPT2LMHeadModel.from_pretrained(
@@ -279,7 +280,7 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
     # Its own source of random numbers, so that sampling changes no others
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([tokens] * num_samples, device=device)  # (B, T)
-    # disable=None: no bar where standard error is no terminal
+    # disable=None: a bar on a terminal only
     for _ in tqdm(range(max_new_tokens), desc="sample", leave=False, disable=None):
         if cache is None:
             window = idx[:, -model.config.block_size :]  # what the model can read
@@ -287,7 +288,7 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
         else:
             x = cache.newest_vector(idx)  # the same, with less work
         logits = model.lm_head(x)  # (B, vocab_size)
-        logits = logits[:, :50257]  # GPT-2's tokens, without the padding of our vocabulary
+        logits = logits[:, :50257]  # GPT-2's tokens, without the 47 that build_model adds
         next_token = draw_token(logits, temperature, top_k, generator)  # (B, 1)
         idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
     drawn = idx[:, len(tokens):].tolist()  # B lists of ids
@@ -299,7 +300,7 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
 
 
 def load_data(path):
-    """Return (arrays to train on, an array to validate on): uint16 tokens, (n,) each.
+    """Return (train, val): a list of arrays to train on, and an array to validate on, (n,) uint16.
 
     path: a folder of shards, which stay on disk (memory-mapped), or a text file, of which the first
     90% and the last 10% are taken. Raises UserError.
@@ -374,7 +375,7 @@ def open_shard(path):
 
 def check_ids(tokens):
     """Raise UserError when tokens, an array, has an id that GPT-2 doesn't know."""
-    if tokens.max() > 50256:  # a GPU would only say that a kernel failed
+    if tokens.max() > 50256:  # a GPU's own error wouldn't say why
         raise UserError(f"--data holds the token {tokens.max()}, and GPT-2's end at 50256")
 
 
@@ -392,14 +393,14 @@ def permutation(n, seed, *more_seeds):
 class DataLoaderLite:
     """Cut arrays of tokens, (n,) uint16 each, into rows of T tokens, and hand out B rows at a time.
 
-    Each row comes with the token behind it, the last one's target.
+    Each row has one token more, T + 1 in all: the target of its last token.
     An epoch is one pass over all rows of all arrays. The tokens left over at an array's end, too
     few for a row, are never read.
     B rows are a micro-batch: what is computed at once.
     The processes take turns: the first B rows are process 0's, the next B process 1's, and so on.
     So together they read what one process would, in the same order.
-    shuffle_seed: each epoch's order of rows comes from it. With None they stay as they are.
-    first_row: how many rows of the run were read before, in all epochs.
+    shuffle_seed: each epoch's order of rows comes from it. None: no shuffling.
+    first_row: where to begin: the number of rows that the run has read before.
     Raises UserError when there is no row.
     """
 
@@ -411,7 +412,7 @@ class DataLoaderLite:
         self.world = world
         self.shuffle_seed = shuffle_seed
         self.next_row = first_row
-        # - 1: behind a row there has to be one token more, its last target
+        # - 1: the last row needs one token more, the target of its last token
         self.rows_per_array = [(len(array) - 1) // T for array in arrays]
         self.rows_per_epoch = sum(self.rows_per_array)
         if self.rows_per_epoch == 0:
@@ -447,7 +448,7 @@ class DataLoaderLite:
 # The recipe
 
 
-# OpenAI released these four. MODEL_SIZES has all.
+# OpenAI released these four. MODEL_SIZES has more.
 OPENAI_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
@@ -461,7 +462,7 @@ MODEL_SIZES = {
     "gpt3-small": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt3-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt3-large": dict(n_layer=24, n_head=16, n_embd=1536),
-    # The table gives 24 heads of 128, which is 3072, not 2048. We take 16 heads of 128.
+    # The table says 24 heads of 128. That is 3072, not the width of 2048, so we take 16 heads.
     "gpt3-xl": dict(n_layer=24, n_head=16, n_embd=2048),
 }
 
@@ -560,7 +561,7 @@ def get_lr(step, cfg):
     """
     min_lr = 0.1 * cfg.max_lr
     warmup_steps = max(cfg.warmup_steps, 1)  # 0 would be a division by 0
-    update = step + 1  # counted from 1: update warmup_steps has max_lr, the last one min_lr
+    update = step + 1  # from 1: update number warmup_steps has max_lr, the last one min_lr
     if update <= warmup_steps:
         return cfg.max_lr * update / warmup_steps
     progress = (update - warmup_steps) / (cfg.max_steps - warmup_steps)  # in (0, 1]
@@ -582,7 +583,7 @@ def configure_optimizer(model, weight_decay, lr):
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=vectors, weight_decay=0.0),
     ]
-    # The betas are GPT-3's. fused: the whole update takes very few kernels.
+    # The betas are GPT-3's. fused: a few passes over the weights do it all.
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -598,10 +599,10 @@ def evaluate(model, tokens, B, T, rank=0, world=1):
     batch = B * T  # tokens
     starts = range(rank * batch, len(tokens) - 1, world * batch)
     total = 0.0
-    hide = None if rank == 0 else True  # tqdm: None shows a bar on a terminal only
+    hide = None if rank == 0 else True  # None: a bar, but on a terminal only
     for start in tqdm(starts, desc="validation", leave=False, disable=hide):
         part = torch.from_numpy(tokens[start : start + batch + 1].astype(np.int64))
-        count = len(part) - 1  # less in the last batch
+        count = len(part) - 1  # fewer in the last batch
         padding = batch - count
         x = F.pad(part[:-1], (0, padding)).view(B, T)
         y = F.pad(part[1:], (0, padding), value=-100).view(B, T)  # -100: not scored
@@ -630,8 +631,8 @@ def mean_token_bytes(tokens):
 
 
 # So many bad updates in a row end the run.
-# In float16 only when the scaler's scale is down to 1. Until then a bad update is usual, and
-# halves the scale. For other types the scale is always 1.
+# In float16 a bad update is usual at first: it halves the scaler's scale. There five in a row end
+# the run only when the scale is down to 1. For other types the scale is always 1.
 TOO_MANY_SKIPPED = 5
 
 
@@ -657,9 +658,9 @@ def launch(given, resume=False):
     lock = contextlib.nullcontext()
     if rank == 0:
         lock = fineweb.lock_folder(given.get("log_dir", TrainConfig.log_dir), "--log_dir")
-    with lock, contextlib.closing(StopRequest()) as stop:
+    with lock, contextlib.closing(StopRequest()) as stop:  # calls stop.close() at the end
         if world > 1:
-            dist.barrier()  # nobody looks for a checkpoint before the folder is locked
+            dist.barrier()  # the others wait here until the first has the lock
         model = main(given, resume, device, rank, world, stop)
     if world > 1:
         dist.destroy_process_group()
@@ -672,8 +673,8 @@ def main(given, resume, device, rank, world, stop):
     log_dir = given.get("log_dir", TrainConfig.log_dir)
     checkpoint = newest_checkpoint(log_dir) if resume else None
     first_step = 0 if checkpoint is None else checkpoint["step"]
-    check_agreement(world, first_step=first_step)
     cfg = choose_config(given, checkpoint, device)
+    check_agreement(world, first_step=first_step, **asdict(cfg))
     dtype = cfg.dtype or best_dtype(device)
 
     # The model, and the size of a micro-batch
@@ -686,11 +687,11 @@ def main(given, resume, device, rank, world, stop):
 
     # The data
     arrays, val = load_data(cfg.data)
-    val_tokens = val[: cfg.val_tokens + 1]  # + 1: nothing predicts the first one
+    val_tokens = val[: cfg.val_tokens + 1]  # + 1: the first one is no target
     check_ids(val_tokens)
     token_bytes = mean_token_bytes(val_tokens[1:])
     data_id = fingerprint([*arrays, val])
-    check_agreement(world, data=data_id, batch_size=B)
+    check_agreement(world, data=data_id, batch_size=B, dtype=dtype)
     first_row = first_step * cfg.total_batch_size // T
     shuffle_seed = cfg.seed if cfg.shuffle else None
     loader = DataLoaderLite(arrays, B, T, rank, world, shuffle_seed, first_row)
@@ -702,10 +703,10 @@ def main(given, resume, device, rank, world, stop):
     if checkpoint is not None:
         restore(checkpoint, cfg, data_id, optimizer, scaler)
 
-    # All is well: now an earlier run's files may be moved, or its log cut.
+    # All checks have passed. Only now an earlier run's files are moved, or its log is cut.
     if rank == 0:
         take_over_folder(cfg.log_dir, checkpoint)
-    # Both have the same parameters. Only training is compiled: sampling would compile many times.
+    # It shares model's parameters. Only training is compiled: sampling would compile many times.
     train_model = compile_model(model, cfg.compile, device, dtype)
     # Each process has the whole model and reads micro-batches of its own. DDP averages their
     # gradients, so that all make the same update.
@@ -715,12 +716,12 @@ def main(given, resume, device, rank, world, stop):
     log = Log(cfg.log_dir)
     speed = Speed(cfg, model, T, device, dtype, world)
     print_plan(cfg, model, loader, device, dtype, checkpoint)
-    checkpoint = None  # let go of the tensors that nobody uses any more
+    checkpoint = None  # frees the memory of its tensors
 
     stop.listen()
     skipped = 0  # how many updates in a row had a number that isn't finite
     x, y = fetch_batch(loader, device)
-    for step in range(first_step, cfg.max_steps + 1):  # `step` updates are done
+    for step in range(first_step, cfg.max_steps + 1):  # step: how many updates are done
         last_step = step == cfg.max_steps
 
         if rank == 0 and saver.is_due(step, last_step):
@@ -754,16 +755,16 @@ def main(given, resume, device, rank, world, stop):
         optimizer.zero_grad()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            # The gradients add up. DDP has to average them over the processes only in the end.
+            # The gradients add up. DDP averages them over the processes only at the last one.
             if world > 1:
                 train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast(device, dtype):
-                loss = train_model(x, y)[1]  # keep no name for the large logits
+                loss = train_model(x, y)[1]  # no name keeps the large logits in memory
             # backward() adds to the gradients that are there. That gives the gradient of the sum of
             # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
             loss_accum += loss.detach()  # the number without its gradient
-            scaler.scale(loss).backward()  # larger: float16 makes 0 of small gradients
+            scaler.scale(loss).backward()  # larger, since float16 would make small ones 0
             # Fetch the next batch here, while a GPU still computes this one.
             x, y = fetch_batch(loader, device)
         scaler.unscale_(optimizer)  # divides the gradients by its scale again
@@ -825,8 +826,8 @@ def build_model(cfg, checkpoint):
         return model_of(checkpoint)
     if cfg.init_from != "scratch":
         return load_model(cfg.init_from, "--init_from")
-    # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly among a kernel's
-    # threads. The 47 extra tokens never occur.
+    # GPT-2 has 50257 tokens, an odd number. 50304 = 128 * 393 divides evenly into a kernel's
+    # blocks. The 47 extra tokens never occur.
     config = GPTConfig(block_size=cfg.seq_len, vocab_size=50304, **MODEL_SIZES[cfg.model])
     return GPT(config)
 
@@ -835,7 +836,8 @@ def fetch_batch(loader, device):
     """Return the loader's next x and y on device."""
     x, y = loader.next_batch()
     if device.type == "cuda":
-        # From pinned memory the GPU copies them by itself, and we don't wait.
+        # From pinned memory the GPU copies them by itself, and we don't wait. The last line then
+        # has nothing to do.
         x = x.pin_memory().to(device, non_blocking=True)
         y = y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
@@ -1008,7 +1010,7 @@ def restore(checkpoint, cfg, data_id, optimizer, scaler):
     state = optimizer.state_dict()
     state["state"] = checkpoint["optimizer"]["state"]
     optimizer.load_state_dict(state)
-    if scaler.is_enabled() and checkpoint["scaler"]:
+    if scaler.is_enabled() and checkpoint["scaler"]:  # empty if the run wasn't in float16
         scaler.load_state_dict(checkpoint["scaler"])
 
 
@@ -1021,7 +1023,7 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive:  # PyTorch's format
             # Compare checksums. torch.load would take a flipped bit for a weight.
             if archive.testzip() is not None:  # it names the first part that is damaged
-                raise zipfile.BadZipFile
+                raise zipfile.BadZipFile  # caught below, where it becomes "is damaged"
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
@@ -1030,7 +1032,7 @@ def load_checkpoint(path):
     except Exception as error:  # any: PyTorch raises many kinds for wrong bytes
         raise UserError(f"{path} is damaged, or is no checkpoint") from error
     needed = {"model", "model_config", "train_config", "optimizer", "scaler", "step", "data_id"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():  # <=: all are there
         raise UserError(f"{path} was saved by another program, or by another version of this one")
     return checkpoint
 
@@ -1089,7 +1091,7 @@ class CheckpointSaver:
         minutes = self.cfg.checkpoint_minutes
         if step == self.saved_step:
             return False
-        if self.cfg.checkpoint_interval == 0 and minutes == 0:  # only at a stop, then
+        if self.cfg.checkpoint_interval == 0 and minutes == 0:  # saving is turned off
             return False
         if step == 0 or last_step:
             return True
@@ -1123,9 +1125,9 @@ class CheckpointSaver:
 
     def remove_old(self, step):
         """Remove old checkpoints. The newest keep_checkpoints stay, and each 5000th update's."""
-        # A later one is damaged: --resume passed over it.
+        # One with a higher number is damaged, since --resume passed over it. It doesn't count.
         saved = [number for number in find_checkpoints(self.cfg.log_dir) if number <= step]
-        for number in saved[self.cfg.keep_checkpoints :]:
+        for number in saved[self.cfg.keep_checkpoints :]:  # the newest come first
             if number == 0 or number % KEPT_FOR_GOOD != 0:
                 with contextlib.suppress(OSError):  # an old file too many is no reason to end
                     os.remove(checkpoint_path(self.cfg.log_dir, number))
@@ -1196,15 +1198,15 @@ def check_is_gpt2(config, report, name):
         vocab_size=50257,
         activation_function="gelu_new",  # the formula with tanh
         layer_norm_epsilon=1e-5,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
+        scale_attn_weights=True,  # a score is divided by the root of a head's width
+        scale_attn_by_inverse_layer_idx=False,  # and by nothing else
         tie_word_embeddings=True,  # one matrix for wte and lm_head
     )
     for key, value in expected.items():
         found = getattr(config, key)
         if found != value:
             raise ValueError(f"its {key} is {found}, and GPT-2's is {value}")
-    if config.n_inner not in (None, 4 * config.n_embd):
+    if config.n_inner not in (None, 4 * config.n_embd):  # the width inside the MLP
         raise ValueError(f"its n_inner is {config.n_inner}, and GPT-2's is 4 x {config.n_embd}")
 
     # transformers fills what is missing with random numbers.
@@ -1236,8 +1238,9 @@ def print0(*args, file=None):
     stream = file or sys.stdout
     try:
         print(*args, file=stream, flush=True)
-    except OSError as error:  # a full disk, say, may take the next line again
-        if error.errno in (errno.EPIPE, errno.EIO):  # no reader, no terminal: print to nowhere
+    except OSError as error:  # an error such as a full disk may pass: the next line is tried
+        if error.errno in (errno.EPIPE, errno.EIO):  # no reader, or no terminal
+            # dup2: from now on the stream's file number means devnull, which forgets all.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -1262,7 +1265,8 @@ def meet_others(device, rank, world, timeout_minutes):
     device_id = device if device.type == "cuda" else None
     timeout = timedelta(minutes=timeout_minutes)
     print(f"process {rank} waits for all {world} processes", file=sys.stderr, flush=True)
-    with blame(f"--timeout_minutes {timeout_minutes}: not all processes came", dist.DistError):
+    kinds = (dist.DistError, ValueError)  # ValueError: the environment has no MASTER_ADDR
+    with blame(f"--timeout_minutes {timeout_minutes}: the processes didn't meet", kinds):
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
 
 
@@ -1276,7 +1280,7 @@ def fingerprint(arrays):
 
 
 def check_agreement(world, **values):
-    """Raise UserError when the processes have different values, such as the checkpoint found."""
+    """Raise UserError when the processes have different values, such as another learning rate."""
     if world == 1:
         return
     found = [None] * world
@@ -1284,8 +1288,8 @@ def check_agreement(world, **values):
     for name in values:
         answers = [other[name] for other in found]
         if len(set(answers)) > 1:
-            raise UserError(f"the processes have different values of {name}: {answers}; all need "
-                            "the same --data, --log_dir and --batch_size")
+            raise UserError(f"the processes have different values of {name}: {answers}; give all "
+                            "the same flags, and the same files in --data and --log_dir")
 
 
 def pick_device(name=None):
@@ -1330,7 +1334,7 @@ def best_dtype(device):
     if has_bfloat16(device):
         return "bfloat16"
     if device.type == "cuda":
-        return "float16"  # GPUs before Ampere: T4, V100, RTX 20
+        return "float16"  # GPUs before 2020: T4, V100, RTX 20
     return "float32"
 
 
@@ -1351,7 +1355,7 @@ def prepare(device):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep large freed blocks. A third of a step was spent on getting them anew."""
+    """Tell glibc to keep large blocks that were freed, since getting new ones takes long."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)  # what this process has loaded already, glibc among it
@@ -1366,7 +1370,7 @@ def allow_open_files(count):
         return
     import resource  # Windows lacks it
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # now, and the most that is allowed
     if soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
 
@@ -1383,7 +1387,7 @@ def compile_model(model, wanted, device, dtype):
         return model
     if device.type == "cpu":  # so that a compiled run, too, repeats bit for bit
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # NaN in it only costs time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no NaN
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception as error:  # any: a missing compiler, header or Triton fails in its own way
@@ -1436,7 +1440,7 @@ def expected_memory(model, B, T, dtype, world):
     parameter_bytes = bytes_per_parameter * sum(p.numel() for p in model.parameters())
     # What a layer keeps for the backward pass, in bytes per token, for each unit of its width
     layer_bytes = 65 if dtype == "float32" else 40
-    # The logits, their softmax and its gradient, 4 bytes each
+    # The logits, their softmax and their gradient, 4 bytes each
     token_bytes = layer_bytes * config.n_layer * config.n_embd + 12 * config.vocab_size
     return parameter_bytes + B * T * token_bytes
 
@@ -1467,10 +1471,10 @@ def enough_memory(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # On a CPU it is a plain RuntimeError, which only its text tells from others.
-        kinds = (torch.OutOfMemoryError, MemoryError)
-        if isinstance(error, kinds) or "DefaultCPUAllocator" in str(error):
-            reason = (str(error) or repr(error)).splitlines()[0]
+        # PyTorch raises several kinds of RuntimeError. Only their texts show what they are.
+        reason = (str(error) or repr(error)).splitlines()[0]
+        texts = ("out of memory", "DefaultCPUAllocator")  # a GPU, a CPU
+        if isinstance(error, MemoryError) or any(text in reason for text in texts):
             raise UserError(f"the memory is too small; {advice} ({reason})") from None
         raise
 
@@ -1500,7 +1504,7 @@ class StopRequest:
             self.requested_at = now
             if int(os.environ.get("RANK", 0)) == 0:
                 with contextlib.suppress(OSError):  # the terminal may be gone
-                    # not print(), which may be the very thing that the signal interrupted
+                    # 2 is stderr. print() may be the very thing that the signal interrupted.
                     os.write(2, b"asked to stop: after the next update, and its save\n")
         elif number == signal.SIGINT and now - self.requested_at > 1:  # torchrun sends it twice
             raise KeyboardInterrupt
@@ -1588,8 +1592,8 @@ def check_batch(model, B, T, total_batch_size, world):
         raise UserError(f"--seq_len {T} is longer than the model's block_size; give --seq_len "
                         f"{block_size} or less")
     if total_batch_size % (B * T * world) != 0:
-        row = T * world
-        multiple = math.ceil(total_batch_size / row) * row
+        smallest = T * world  # the tokens of an update with B = 1
+        multiple = math.ceil(total_batch_size / smallest) * smallest
         raise UserError(f"--total_batch_size {total_batch_size} is not a multiple of --batch_size "
                         f"x --seq_len x processes = {B} x {T} x {world} = {B * T * world}; a new "
                         f"run works with --batch_size 1 --total_batch_size {multiple}")
@@ -1616,7 +1620,7 @@ def add_flags(group, config):
         default = "what suits the machine" if f.default is None else f.default
         text = f"{f.metadata['meaning']} [{default}]"
         kind = f.type  # argparse calls it with the text of the flag
-        if kind is str:  # the text, with ~ replaced: a shell leaves that of --data=~/my.txt
+        if kind is str:  # the text; a shell leaves the ~ of --data=~/my.txt as it is
             kind = os.path.expanduser
         if f.metadata["choices"] is not None:
             text += f": {', '.join(f.metadata['choices'])}"
@@ -1643,7 +1647,7 @@ def parse_flags(argv=None):
     other = parser.add_argument_group("what to do")
     other.add_argument("--resume", action="store_true", default=False,
                        help="go on from the newest checkpoint in log_dir, or begin")
-    instead = other.add_mutually_exclusive_group()
+    instead = other.add_mutually_exclusive_group()  # at most one of these
     instead.add_argument("--export", metavar="FOLDER", default=None,
                          help="write the newest checkpoint, or init_from, in Hugging Face's format")
     instead.add_argument("--sample", metavar="TEXT", default=None,

@@ -29,13 +29,8 @@ def pytest_addoption(parser):
     parser.addoption("--history", action="store_true", help="replay the history, and nothing else")
 
 
-def pytest_xdist_auto_num_workers(config):
-    """Return how many processes share the tests. With 0, pytest runs them itself.
-
-    Then they run one after another, and a step that is replayed has the whole machine.
-    """
-    if config.getoption("--history"):
-        return 0
+def pytest_xdist_auto_num_workers():
+    """Return how many processes share the tests."""
     return min(4, os.cpu_count() + 1)  # one more than cores, since some tests only wait
 
 

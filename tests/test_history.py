@@ -1,6 +1,6 @@
 """Replay the lecture: each step's `Run:` has to print what its `Expect:` says, in that step's tree.
 
-    python -m pytest --history              # all steps, one after another
+    python -m pytest --history              # all steps
     python -m pytest --history -k "2.3"     # one step
 
 Only first parents are followed: an older history that was merged in isn't replayed.
@@ -147,12 +147,12 @@ def test_a_steps_tests_are_an_exercise(tmp_path):
     """README says how: they are red in the tree before the step, and green when it is written."""
     clone = tmp_path / "clone"
     git("clone", "-q", str(ROOT), str(clone))
-    git("switch", "-q", "--detach", ":/^2.4 ", cwd=clone)
-    git("checkout", "-q", ":/^2.5 ", "--", "tests", cwd=clone)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_model.py"]
+    git("switch", "-q", "--detach", ":/^2.3 ", cwd=clone)
+    git("checkout", "-q", ":/^2.4 ", "--", "tests", cwd=clone)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_data.py"]
     before = subprocess.run(command, cwd=clone, capture_output=True, text=True).stdout
     assert re.search(r"^\d+ failed, \d+ passed", before, re.M), before
-    git("checkout", "-q", ":/^2.5 ", "--", "train_gpt2.py", cwd=clone)
+    git("checkout", "-q", ":/^2.4 ", "--", "train_gpt2.py", cwd=clone)
     after = subprocess.run(command, cwd=clone, capture_output=True, text=True).stdout
     assert re.search(r"^\d+ passed", after, re.M), after
 

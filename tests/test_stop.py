@@ -78,14 +78,15 @@ class Run:
     They start at once, where torchrun takes ten seconds.
     """
 
-    def __init__(self, folder, *words, at="", processes=1, elsewhere=()):
+    def __init__(self, folder, *words, at="", processes=1, elsewhere=(), only_last=()):
         write_text(folder)
         port = free_port()
         self.outs = [folder / f"out_{at}_{rank}.txt" for rank in range(processes)]
         self.processes = []
         for rank in range(processes):
             place = dict(elsewhere).get(rank)
-            args = (folder, words, at, rank, processes, port, place)
+            own = words + only_last if rank == processes - 1 else words
+            args = (folder, own, at, rank, processes, port, place)
             self.processes.append(context.Process(target=be_a_process, args=args))
             self.processes[-1].start()
 
@@ -353,6 +354,13 @@ def test_processes_that_find_different_checkpoints(tmp_path, unbroken):
     out, statuses = run.end()
     assert statuses == [2, 2]
     assert re.search(r"^probe\.py: \[rank \d\] .*20.*--log_dir", out, re.M), out
+
+
+def test_processes_with_different_settings(tmp_path):
+    out, statuses = Run(tmp_path, processes=2, only_last=("--max_lr", "0.5")).end()
+    assert statuses == [2, 2]
+    assert re.search(r"^probe\.py: \[rank \d\] .*max_lr.*0\.5", out, re.M), out
+    assert "| loss" not in out
 
 
 def test_a_partner_that_does_not_come(tmp_path):
