@@ -82,7 +82,7 @@ def gpt2_encoding():
     return tiktoken.Encoding(
         "gpt2",
         pat_str=r50k_pat_str,  # cuts a text into words first
-        mergeable_ranks=ranks,  # the pairs, the earliest first
+        mergeable_ranks=ranks,  # {bytes of a token: its id}; the lowest id merges first
         special_tokens={END_OF_TEXT: 50256},
     )
 

@@ -192,7 +192,8 @@ def score(model, tokens, mask):
     # lm_head is a large part of the work, so it gets only the n vectors that predict a token of an
     # ending. x[is_ending] puts them in a row.
     logits = model.lm_head(x[is_ending])  # (n, vocab_size)
-    token_losses = F.cross_entropy(logits, targets[is_ending], reduction="none")  # (n,)
+    # .float(), as in GPT.forward: a GPU would compute the losses of bfloat16 logits in bfloat16.
+    token_losses = F.cross_entropy(logits.float(), targets[is_ending], reduction="none")  # (n,)
     losses = torch.zeros(targets.shape, device=tokens.device)  # (B, T - 1)
     losses[is_ending] = token_losses
     return losses.sum(dim=1)  # (B,)
@@ -233,7 +234,8 @@ def ending_losses(model, examples, show_bar=False):
     examples: N of them, Rendered. show_bar: show a bar, if standard error is a terminal.
     """
     device = next(model.parameters()).device
-    tokens_at_once = 2**11 if device.type == "cpu" else 2**14  # a GPU needs more to be busy
+    # A GPU needs more to be busy, but a small card must hold the logits: here about 1 GB at most.
+    tokens_at_once = 2**11 if device.type == "cpu" else 2**12
     losses = torch.empty(len(examples), 4)
     hide = None if show_bar else True  # tqdm: None shows a bar on a terminal only
     with tqdm(total=len(examples), desc="HellaSwag", leave=False, disable=hide) as bar:

@@ -62,10 +62,10 @@ class CausalSelfAttention(nn.Module):
     """Let each token read from itself and from the tokens before it. (B, T, C) -> (B, T, C).
 
     Each token makes a query, a key and a value. The dot products of its query with its own key and
-    with those of the tokens before it are scores. A softmax turns them into shares. The result is
-    the average of the values, weighted by the shares. This is multi-head attention, as in
-    "Attention Is All You Need" (2017), section 3.2. Raises ValueError when n_embd is not a multiple
-    of n_head.
+    with those of the tokens before it, divided by sqrt(hs), are scores. A softmax turns them into
+    shares. The result is the average of the values, weighted by the shares. This is multi-head
+    attention, as in "Attention Is All You Need" (2017), section 3.2. Raises ValueError when n_embd
+    is not a multiple of n_head.
     """
 
     def __init__(self, config):
@@ -208,7 +208,8 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             # (B * T, vocab_size) and (B * T,): one example a row
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            # In float32. A GPU would compute the losses of bfloat16 logits in bfloat16.
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             # No gradient comes back through the logits. Otherwise torch.compile would make one,
             # (B, T, vocab_size) zeros.
             logits = logits.detach()
@@ -253,6 +254,7 @@ def draw_token(logits, temperature, top_k, generator):
     """Draw one of the top_k likeliest tokens for each row: (B, vocab_size) -> (B, 1).
 
     Their logits are divided by the temperature. A temperature of 0 takes the likeliest token.
+    generator: the source of random numbers, a torch.Generator.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
@@ -260,7 +262,7 @@ def draw_token(logits, temperature, top_k, generator):
     top_logits, top_ids = logits.topk(top_k)  # (B, top_k) each
     probs = F.softmax(top_logits / temperature, dim=-1)  # (B, top_k)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
-    return top_ids.gather(1, choice)  # (B, 1), the ids of what was chosen
+    return top_ids.gather(1, choice)  # (B, 1): the id of what stands at place `choice`
 
 
 @torch.no_grad()
@@ -273,7 +275,7 @@ def sample(model, prompt, num_samples=4, max_new_tokens=32, top_k=50, temperatur
     Raises UserError when prompt is empty.
     """
     encoding = gpt2_encoding()
-    tokens = encoding.encode(prompt, allowed_special="all")  # <|endoftext|> is one token
+    tokens = encoding.encode(prompt, allowed_special="all")  # let <|endoftext|> become one token
     if not tokens:
         raise UserError("--sample: the text is empty")
     device = next(model.parameters()).device
@@ -438,7 +440,7 @@ class DataLoaderLite:
         tokens = np.stack(rows)  # (B, T + 1)
         check_ids(tokens)
         tokens = torch.from_numpy(tokens.astype(np.int64))
-        x = tokens[:, :-1].contiguous()  # (B, T)
+        x = tokens[:, :-1].contiguous()  # (B, T), a copy in one piece
         y = tokens[:, 1:].contiguous()  # (B, T)
         self.next_row += self.B * self.world
         return x, y
@@ -583,7 +585,7 @@ def configure_optimizer(model, weight_decay, lr):
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=vectors, weight_decay=0.0),
     ]
-    # The betas are GPT-3's. fused: a few passes over the weights do it all.
+    # The betas are GPT-3's. fused: a few kernels do it all, in one pass over the numbers.
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -759,7 +761,7 @@ def main(given, resume, device, rank, world, stop):
             if world > 1:
                 train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast(device, dtype):
-                loss = train_model(x, y)[1]  # no name keeps the large logits in memory
+                loss = train_model(x, y)[1]  # without a name the large logits don't stay in memory
             # backward() adds to the gradients that are there. That gives the gradient of the sum of
             # the micro-batches' losses. We want that of their mean: divide.
             loss = loss / grad_accum_steps
@@ -780,7 +782,7 @@ def main(given, resume, device, rank, world, stop):
 
         # A number that isn't finite would make every weight NaN, for good. So skip the update.
         if math.isfinite(mean_loss) and math.isfinite(norm):
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # optimizer.step(), unless a gradient is infinite
             skipped = 0
         else:
             skipped += 1
@@ -844,7 +846,10 @@ def fetch_batch(loader, device):
 
 
 class KVCache:
-    """Keep the keys and values of the tokens that the model has read, to sample with less work."""
+    """Keep the keys and values of the tokens that the model has read, to sample with less work.
+
+    It serves one call of sample().
+    """
 
     def __init__(self, model):
         self.model = model
@@ -912,7 +917,7 @@ def print_plan(cfg, model, loader, device, dtype, checkpoint):
     print0(f"One update: {micro_batches} micro-batches of {loader.B} x {loader.T} tokens in each "
            "process.")
     print0(f"To do: {updates:,} updates of {cfg.total_batch_size:,} tokens = {epochs:.2f} epochs.")
-    print0(f"Work: {flops:.2e} FLOPs. The third update's line says how long they take.")
+    print0(f"Work: {flops:.2e} FLOPs. The third update's line says how much time is left.")
     print0(f"Log and checkpoints: {cfg.log_dir}/")
     print0("Ctrl-C saves and stops after the next update. The same command with --resume goes on.")
     if checkpoint is not None:
@@ -1299,7 +1304,7 @@ def pick_device(name=None):
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    usable = []
+    usable = []  # the best first
     if torch.cuda.is_available():
         usable.append("cuda")
     if torch.backends.mps.is_available() and local_world == 1:  # processes can't share it
@@ -1361,7 +1366,7 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)  # what this process has loaded already, glibc among it
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap, whose memory goes back when it is freed
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
 
 
 def allow_open_files(count):
@@ -1398,7 +1403,8 @@ def compile_model(model, wanted, device, dtype):
     return torch.compile(model)
 
 
-# Dense bfloat16 or float16 operations a second, from NVIDIA's data sheets, by the device's name
+# bfloat16 or float16 operations a second, from NVIDIA's data sheets, by the device's name. (They
+# also name twice as much, for matrices of which half the numbers are 0.)
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -1437,10 +1443,12 @@ def expected_memory(model, B, T, dtype, world):
     bytes_per_parameter = 16
     if world > 1:  # DDP has the gradients a second time
         bytes_per_parameter += 4
+    if dtype != "float32":  # autocast keeps a copy of the weights in 16 bits
+        bytes_per_parameter += 2
     parameter_bytes = bytes_per_parameter * sum(p.numel() for p in model.parameters())
     # What a layer keeps for the backward pass, in bytes per token, for each unit of its width
     layer_bytes = 65 if dtype == "float32" else 40
-    # The logits, their softmax and their gradient, 4 bytes each
+    # At the peak: the softmax's logarithms, their gradient and that of the logits, 4 bytes each
     token_bytes = layer_bytes * config.n_layer * config.n_embd + 12 * config.vocab_size
     return parameter_bytes + B * T * token_bytes
 
@@ -1692,7 +1700,7 @@ def export(given, folder):
     """
     model = load_asked_model(given)
     import transformers  # slow to import, and needed only here
-    from safetensors import SafetensorError  # it turns the disk's errors into this
+    from safetensors import SafetensorError  # what safetensors makes of an error of the disk
 
     transformers.logging.disable_progress_bar()
     c = model.config

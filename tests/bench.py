@@ -1,4 +1,4 @@
-"""How fast is it? One run, one table of ratios, each of two things measured side by side.
+"""How fast is it? One run, one table. Most rows are ratios of two things, measured by turns.
 
     python tests/bench.py                        # GPT-2 (124M); a few minutes on two cores
     python tests/bench.py --quick                # a tiny model, once each: does it run at all?
@@ -6,7 +6,7 @@
     python tests/bench.py step       # step, hellaswag, sample, tokens, start, memory, peak or save
 
 A ratio is the median of three, start's of five, save's of nine; memory and peak are looked at once.
-Below the step's stand what each part of it won, and what its time is spent on.
+While step is measured, it prints its ratio after each improvement, and what the time is spent on.
 """
 import re
 import statistics
@@ -40,7 +40,7 @@ PARTS = {
     "logits' losses and their gradient": "(?i:softmax)|nll_loss",
     "GELU": "gelu",
     "LayerNorm, residual stream": "layer_norm",
-    "casts, copies, sums, the gradient's norm, Python": "",
+    "casts, copies, sums, the gradient's norm": "",  # fits all the rest
 }
 
 
@@ -53,7 +53,7 @@ def seconds(work):
 
 
 def ratio(a, b, times=1 if QUICK else 3):
-    """Return how many times b()'s time a() takes: the median of so many, which take turns."""
+    """Return a()'s time divided by b()'s: the median of so many tries, in which they take turns."""
     return statistics.median(seconds(a) / seconds(b) for _ in range(times))
 
 
@@ -124,19 +124,21 @@ def step():
     def share(what):
         update()  # compiles
         update()
+        # (update's operations / its time) / (products' operations / their time). An (n, k) matrix
+        # times a (k, m) matrix takes 2 * n * k * m operations.
         result = flops / (20 * 2 * n * k * m) * ratio(products, update)
         print(f"{result:8.2f}  {what}")
         return result
 
     products()
-    share("eager, AdamW as PyTorch has it")
+    share("not compiled, AdamW as PyTorch has it")
     optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
     share("AdamW fused")
     train_gpt2.prepare(DEVICE)
     on_this_device = "TF32" if DEVICE.type == "cuda" else "the C library keeps freed memory"
     result = share(on_this_device)
     if not QUICK:
-        torch._inductor.config.cpp.enable_kernel_profile = True  # so that its kernels have names
+        torch._inductor.config.cpp.enable_kernel_profile = True  # its kernels get names
         train_model = train_gpt2.compile_model(model, True, DEVICE, DTYPE)
         result = share("compiled")
 
@@ -227,12 +229,14 @@ def tokenising():
             for text in few:
                 encoding.encode_ordinary(text)
 
-        def work():  # a process of its own: its workers would import this file, and torch
+        # In a process of its own. Workers started from here would each import this file, and torch.
+        def work():
             command = [sys.executable, "fineweb.py", "--files", f"{folder}/a.parquet"]
             command += ["--workers", "2", "--out", f"{folder}/{next(numbers)}"]
             command += ["--shard_size", "50000" if QUICK else "5000000"]
             subprocess.run(command, cwd=ROOT, check=True)
 
+        # (texts / work's time) / (2 * few / alone's time)
         return len(texts) / len(few) / 2 * ratio(alone, work)
 
 
@@ -251,10 +255,11 @@ def start():
     def torch_alone():
         first_line("-c", "import torch; print()")
 
-    program()  # into the page cache
+    program()  # from now on the files are in memory
     return ratio(program, torch_alone, 1 if QUICK else 5)
 
 
+# RssAnon is the process's own memory, without the files that are mapped into it.
 MEMORY_PROBE = r"""
 import re, sys, train_gpt2
 def resident():
@@ -265,12 +270,12 @@ arrays, _ = train_gpt2.open_shards(sys.argv[1])
 loader = train_gpt2.DataLoaderLite(arrays, 64, 1024, shuffle_seed=1)
 for _ in range(50):
     loader.next_batch()
-print(1000 * (resident() - before))
+print(1024 * (resident() - before))
 """
 
 
 def memory():
-    """The memory (RssAnon) that reading a shard of 100M tokens takes, in parts of its size."""
+    """The memory that reading a shard of 100M tokens takes, as a share of the shard's size."""
     size = 1_000_000 if QUICK else 100_000_000
     with tempfile.TemporaryDirectory() as folder:
         for number in range(2):
@@ -280,6 +285,7 @@ def memory():
     return int(done.stdout) / (2 * size)
 
 
+# VmHWM is the most memory that the process ever had.
 PEAK_PROBE = r"""
 import re, train_gpt2
 train_gpt2.launch(dict(model="laptop", data="input.txt", device="cpu", dtype="float32",
@@ -306,7 +312,7 @@ def save():
     optimizer = train_gpt2.configure_optimizer(model, 0.1, 6e-4)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizer.step()
+    optimizer.step()  # AdamW now has its averages, which are saved too
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         def checkpoint():
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -335,7 +341,7 @@ if __name__ == "__main__":
     wanted = [name for name in here if name in sys.argv] or here
     table = []
     for name in wanted:
-        if name != "step":  # which first measures what this is good for
+        if name != "step":  # step measures without this first, and then with it
             train_gpt2.prepare(DEVICE)
         table.append((name, ROWS[name]()))
     print(f"\n{DEVICE.type}, {torch.get_num_threads()} threads, {DTYPE}")

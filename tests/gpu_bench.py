@@ -36,6 +36,7 @@ import train_gpt2
 from train_gpt2 import CausalSelfAttention, GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+GIVEN = [os.path.abspath(arg) for arg in sys.argv if arg.endswith(".jsonl")]
 DEVICE = train_gpt2.pick_device("cpu" if QUICK else "cuda")
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32) if QUICK else train_gpt2.MODEL_SIZES["gpt2"]
 T = 32 if QUICK else 1024
@@ -122,6 +123,8 @@ def update():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50304, **SHAPE))
     flops = train_gpt2.flops_per_token(model, T) * UPDATE / steady
+    if DEVICE.type == "cuda":
+        say(torch.cuda.max_memory_allocated() / 1e9, "GB", "at its peak")
     say(1000 * steady, "ms", f"an update of {UPDATE:,} tokens, B={RECIPE['batch_size']}, T={T}")
     say(UPDATE / steady, "tokens/s", "the program as it is")
     say(flops / 1e12, "TFLOP/s", "of the model")
@@ -198,8 +201,7 @@ def ladder():
 
 def repeated_examples():
     """Return as many rendered examples as HellaSwag has: those of the given file, repeated."""
-    given = [arg for arg in sys.argv if arg.endswith(".jsonl")]
-    path = given[0] if given else str(ROOT / "tests" / "hellaswag.jsonl")
+    path = GIVEN[0] if GIVEN else str(ROOT / "tests" / "hellaswag.jsonl")
     examples = [hellaswag.render(example) for example in hellaswag.read_examples(path)]
     number = 12 if QUICK else 10_042
     return (examples * (1 + number // len(examples)))[:number]
@@ -228,13 +230,12 @@ def between():
             hellaswag.count_right(model, examples)
 
     whole = train_gpt2.TrainConfig.val_tokens / (batches * B * T)  # how many times as much it is
-    say(seconds(lambda: validation("compiled", compiled)), "s", "validation's first batches")
-    took = {}
-    took["validation"] = whole * seconds(lambda: validation("compiled", compiled))
     validation("eager", model)
-    eager = whole * seconds(lambda: validation("eager", model))
-    say(took["validation"], "s", "validation, compiled, 10,485,760 tokens")
-    say(eager, "s", "validation, not compiled")
+    took = {}
+    took["validation"] = whole * seconds(lambda: validation("eager", model))
+    say(took["validation"], "s", "validation, not compiled, 10,485,760 tokens")
+    validation("compiled", compiled)
+    say(whole * seconds(lambda: validation("compiled", compiled)), "s", "validation, compiled")
     say(abs(losses["compiled"] - losses["eager"]), "nats", "between the two losses")
     say(seconds(score), "s", "HellaSwag, the first time")
     took["HellaSwag"] = say(seconds(score), "s", "HellaSwag, once more")
@@ -259,7 +260,7 @@ def memory():
         model = GPT(GPTConfig(vocab_size=50304, **SHAPE))
     dtype = train_gpt2.best_dtype(DEVICE)
     for B in (4, 2) if QUICK else (64, 32, 16, 8):
-        train(2, batch_size=B)
+        train(2, batch_size=B, compile=False)  # the estimate is for a model that isn't compiled
         estimate = train_gpt2.expected_memory(model, B, T, dtype, 1)
         say(estimate / 1e9, "GB", f"B={B}: the program's estimate")
         if DEVICE.type == "cuda":
@@ -271,7 +272,7 @@ def memory():
 def loss_alone(self, idx, targets):
     """GPT.forward that keeps the logits to itself."""
     logits = self.lm_head(self.hidden(idx))
-    return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+    return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 WAYS = {
@@ -305,6 +306,8 @@ def way(name):
         stack.enter_context(config.patch(options))
         if backend is not None:
             stack.enter_context(sdpa_kernel(backend))
+            # What was compiled for another backend must not be taken from the disk.
+            stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         if name == "loss":
             GPT.forward = loss_alone
             stack.callback(setattr, GPT, "forward", forward)
@@ -340,6 +343,7 @@ if __name__ == "__main__":
     print(f"{name}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        train_gpt2.StopRequest.listen = lambda self: None  # SIGTERM and Ctrl-C end all of it
         if QUICK:
             train_gpt2.MODEL_SIZES["gpt2"] = SHAPE
         os.mkdir("shards")

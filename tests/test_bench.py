@@ -18,7 +18,7 @@ def test_quick():
     assert list(rows) == ROWS
     rungs = re.findall(r"^ +0\.\d\d  ([a-zA-Z ,]+)$", done.stdout, re.M)
     assert rungs == [
-        "eager, AdamW as PyTorch has it", "AdamW fused",
+        "not compiled, AdamW as PyTorch has it", "AdamW fused",
         "the C library keeps freed memory",
     ]
     shares = re.findall(r"^ +(\d+\.\d)%  of the step's time: ", done.stdout, re.M)

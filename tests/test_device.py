@@ -268,7 +268,7 @@ def test_the_micro_batch_fits_the_card(monkeypatch, gpt2, gigabytes, world, B):
 def test_what_the_memory_is_for(gpt2):
     parameters = 124_475_904  # with 47 more rows of 768
     alone = expected_memory(gpt2, 8, 1024, "bfloat16", 1)
-    assert alone > 16 * parameters
+    assert alone > 18 * parameters
     assert expected_memory(gpt2, 8, 1024, "bfloat16", 8) == alone + 4 * parameters  # DDP's copy
     assert expected_memory(gpt2, 16, 1024, "bfloat16", 1) > alone
     assert expected_memory(gpt2, 8, 1024, "float32", 1) > alone

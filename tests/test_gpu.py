@@ -35,6 +35,9 @@ train_gpt2.MODEL_SIZES["laptop"] = {SHAPE}
 given, options = train_gpt2.parse_flags()
 train_gpt2.launch(given, options.resume)
 """
+# The address is this machine's in any case, also where its name leads nowhere.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+            "--local_addr=127.0.0.1"]
 # One process in a group of its own: what it does under torchrun with eight GPUs, as far as one
 # GPU can show it.
 DDP_PROBE = """
@@ -91,7 +94,10 @@ def same_rules(small, monkeypatch):
 
 def environment(**settings):
     """Return the environment of a program that is started in a folder of its own."""
-    return dict(os.environ, PYTHONPATH=str(ROOT), **settings)
+    folders = [str(ROOT)]
+    if "PYTHONPATH" in os.environ:
+        folders.append(os.environ["PYTHONPATH"])
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(folders), **settings)
 
 
 def make_model():
@@ -120,6 +126,16 @@ def test_logits_and_loss_are_those_of_a_cpu(precision, limit):
         logits, loss = model.to(DEVICE)(x.to(DEVICE), y.to(DEVICE))
     assert relative_error(logits, expected_logits) < limit
     assert abs(loss.item() - expected_loss.item()) < limit
+
+
+def test_the_loss_of_bfloat16_logits_is_computed_in_float32():
+    model = make_model().to(DEVICE)
+    idx = torch.randint(50257, (4, 65), device=DEVICE)
+    with torch.no_grad(), train_gpt2.autocast(DEVICE, "bfloat16"):
+        logits, loss = model(idx[:, :-1], idx[:, 1:])
+    assert logits.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, 1:].flatten())
+    assert abs(loss.item() - expected.item()) < 1e-4
 
 
 def test_20_updates_in_each_type_and_compiled(train, compiler):
@@ -212,7 +228,8 @@ def test_hellaswag_costs_what_it_costs_the_simple_way(dtype, limit):
         with torch.no_grad():
             logits, _ = model(tokens[:, :-1])  # (4, T - 1, vocab_size)
         next_tokens = tokens[:, 1:].flatten()
-        each = F.cross_entropy(logits.flatten(0, 1), next_tokens, reduction="none")
+        logits = logits.flatten(0, 1).float()
+        each = F.cross_entropy(logits, next_tokens, reduction="none")
         each = each.view(mask.shape).cpu()
         expected = (each * mask).sum(dim=1) / mask.sum(dim=1)  # (4,)
         assert (costs - expected).abs().max() < limit
@@ -220,10 +237,9 @@ def test_hellaswag_costs_what_it_costs_the_simple_way(dtype, limit):
 
 def test_gradients_in_a_process_group_are_those_without(tmp_path):
     (tmp_path / "probe.py").write_text(DDP_PROBE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
-               "probe.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(DEVICE=DEVICE.type),
-                          capture_output=True, text=True, timeout=150)
+    env = environment(DEVICE=DEVICE.type, TORCHDYNAMO_DISABLE="0")
+    done = subprocess.run([*TORCHRUN, "probe.py"], cwd=tmp_path, env=env, capture_output=True,
+                          text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert "all is well" in done.stdout
     assert "barrier" not in done.stderr  # which warns when it has to guess the device
@@ -232,14 +248,12 @@ def test_gradients_in_a_process_group_are_those_without(tmp_path):
 def test_torchrun_sigterm_resume_sample_and_hellaswag(small, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     words = flags(**SETTINGS | dict(
-        max_steps=100_000, eval_interval=50, val_tokens=1000, sample_interval=50,
-        hellaswag_interval=50, checkpoint_interval=1000, compile=True, dtype="bfloat16"))
+        max_steps=100_000, eval_interval=50_000, val_tokens=1000, sample_interval=50_000,
+        hellaswag_interval=50_000, checkpoint_interval=50_000, compile=True, dtype="bfloat16"))
     with open(EXAMPLES, encoding="utf-8") as f:
         lines = f.readlines()[:20]
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(lines), encoding="utf-8")
     env = environment(TORCHDYNAMO_DISABLE="0")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node=1", "probe.py"]
 
     def stopped(command):
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE,
@@ -252,7 +266,8 @@ def test_torchrun_sigterm_resume_sample_and_hellaswag(small, tmp_path):
         _, errors = process.communicate(timeout=60)
         return process.returncode, out, errors
 
-    _, out, errors = stopped([*torchrun, *words])  # torchrun's own status is 1 after a signal
+    # torchrun's own status is 1 after a signal.
+    _, out, errors = stopped([*TORCHRUN, "probe.py", *words])
     assert re.search(r"stopped after \d+ of 100000 updates", out), errors
     assert re.search(r"HellaSwag: \d+ of 20 right", out)
     assert out.count("> Hello, I'm a language model,") == 4

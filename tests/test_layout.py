@@ -1,7 +1,6 @@
 """How the three files are laid out: what imports what, and what a reader can take in."""
 import ast
 import os
-import re
 import subprocess
 import sys
 
@@ -50,12 +49,6 @@ def test_imports_point_one_way(name):
         assert "torch" not in imported(ast.walk(tree))  # its workers are spawned
 
 
-def test_hellaswags_main_alone_looks_up():
-    for node in ast.walk(parse("hellaswag.py")):
-        if isinstance(node, ast.FunctionDef) and "train_gpt2" in imported(ast.walk(node)):
-            assert node.name == "main"
-
-
 @pytest.mark.parametrize("name, absent", [
     ("fineweb", ["torch", "datasets", "transformers", "pyarrow"]),
     ("train_gpt2", ["datasets", "transformers", "pyarrow"]),
@@ -76,10 +69,3 @@ def test_no_function_is_too_long(file):
             lines = node.end_lineno - node.lineno + 1
             limit = 140 if node.name == "main" else 70  # it holds the loop
             assert lines <= limit, f"{node.name}, line {node.lineno}, has {lines} lines"
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_no_line_is_too_long(file):
-    for number, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), 1):
-        assert len(line) <= 100, f"line {number} has {len(line)} characters"
-        assert not re.search(r"\s$", line), f"line {number} ends with white space"

@@ -241,6 +241,14 @@ def test_the_loss_is_the_mean_of_minus_log_probability():
     assert math.isclose(loss.item(), total / 10, rel_tol=1e-5)
 
 
+def test_the_loss_of_bfloat16_logits_is_computed_in_float32():
+    idx = torch.randint(50257, (2, 6))
+    logits, loss = GPT(TINY).bfloat16()(idx, idx)
+    expected = -logits.float().log_softmax(dim=-1).gather(2, idx[:, :, None]).mean()
+    assert loss.dtype == torch.float32
+    assert torch.allclose(loss, expected)
+
+
 def test_no_gradient_is_made_for_logits_beside_a_loss():
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
     idx = torch.randint(64, (2, 8))
